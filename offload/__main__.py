@@ -1,0 +1,5 @@
+"""``python -m offload``: the command line."""
+
+from offload.cli import main
+
+main()
