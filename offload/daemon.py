@@ -1,0 +1,380 @@
+"""The daemon: holds a config, keeps the kernel like it, answers the API and Prometheus.
+
+A config change walks ``API -> _adopt -> Reconciler.apply -> kernel``; a device that
+comes or goes walks ``netlink -> _watch -> Reconciler.apply``. Both run on the one
+kernel thread, so nothing ever changes the kernel twice at a time. When the daemon
+ends, however it ends, frames keep flowing as they did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry
+from pydantic import JsonValue
+
+from . import __version__, api, portfiles, report
+from .config import Config, PortConfig, merge_ports, parse, parse_port, require_supported, warnings
+from .describe import describe
+from .errors import OffloadError, UsageError
+from .journal import Era, Journal
+from .kernel import host
+from .kernel.counters import Meter
+from .kernel.links import LinkEvents
+from .kernel.service import alone, notify
+from .kernel.system import System
+from .macs import MacAllocator, resolve_auto
+from .metrics import Durations, MetricsServer, Scrape, register, serve_metrics
+from .model import Change
+from .paths import Paths
+from .portfiles import PortFile
+from .reconcile import Reconciler, Result
+from .views import (
+    ConfigStatus,
+    NicView,
+    Outcome,
+    PortView,
+    QueueView,
+    ReconcileStatus,
+    StatusView,
+    SwitchView,
+)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A config as it came, and as it is meant: with the ports of files, and every MAC known."""
+
+    text: str
+    source: str
+    files: Mapping[str, PortFile]
+    config: Config
+
+
+def understand(
+    text: str, source: str, files: Mapping[str, PortFile], paths: Paths, *, keep_macs: bool
+) -> Wanted:
+    """Read a config. Raises ``ConfigError`` or ``UnsupportedError`` with everything that is wrong."""
+    base = parse(text, source)
+    config = merge_ports(base, {name: file.port for name, file in files.items()}, source)
+    require_supported(config, source)
+    if config.mac_range:
+        allocator = MacAllocator(paths.state_dir / "macs.json", config.mac_range.first, config.mac_range.last)
+        config = resolve_auto(config, allocator, keep=keep_macs)
+    return Wanted(
+        text, source, {name: file for name, file in files.items() if name not in base.ports}, config
+    )
+
+
+def read_config(file: Path) -> str:
+    """The text of a config file; the error names it."""
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"could not read {file}: {error}") from error
+
+
+def era() -> Era:
+    """This boot and network namespace."""
+    return Era(host.boot_id(), host.netns_inode())
+
+
+def outcome(changes: tuple[Change, ...], config: Config | None) -> Outcome:
+    return Outcome(
+        changes=[describe(change) for change in changes], warnings=warnings(config) if config else []
+    )
+
+
+def run(config_file: Path, paths: Paths) -> int:
+    """``offload run``: returns the exit code when a signal ends it. Raises on a bad start."""
+    # systemd's journal has its own time stamps.
+    form = (
+        "%(levelname)s %(message)s"
+        if "JOURNAL_STREAM" in os.environ
+        else "%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.basicConfig(level=logging.INFO, format=form)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    with alone(paths.run_dir):
+        wanted = understand(
+            read_config(config_file), str(config_file), portfiles.load(paths), paths, keep_macs=True
+        )
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kernel") as thread:
+            system = thread.submit(lambda: System(paths).__enter__()).result()
+            try:
+                daemon = Daemon(paths, system, thread)
+                asyncio.run(daemon.main(wanted))
+            finally:
+                thread.submit(system.__exit__, None, None, None).result()
+    return 0
+
+
+class Daemon:
+    """Implements ``api.Service`` and ``metrics.Source`` over a ``System``."""
+
+    def __init__(self, paths: Paths, system: System, thread: ThreadPoolExecutor) -> None:
+        self._paths = paths
+        self._system = system
+        self._thread = thread
+        self._reconciler = Reconciler(system, Journal(paths.journal, era()))
+        self._meter = Meter(system)
+        self._started = datetime.now(UTC)
+        self._loaded = self._started
+        self._load_error: str | None = None
+        self._detached = False
+        self._durations = Durations()
+        self._errors = 0
+        self._last_seconds: float | None = None
+        self._last_error: str | None = None
+        self._changing = asyncio.Lock()
+        self._news = asyncio.Event()
+        self._end = asyncio.Event()
+        self._wanted: Wanted
+        self._result: Result
+
+    async def main(self, wanted: Wanted) -> None:
+        """Put ``wanted`` in force and serve until told to stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end.set)
+        with self._system.events() as events:
+            loop.add_reader(events.fileno(), self._hear, events)
+            self._result = await self._reconcile(wanted.config, strict=True)
+            self._wanted = wanted
+            server = api.serve(api.build(self), self._paths.socket)
+            metrics = self._serve_metrics(wanted.config)
+            tasks = [asyncio.create_task(server.serve()), asyncio.create_task(self._watch())]
+            try:
+                notify(f"READY=1\nSTATUS={len(wanted.config.ports)} ports")
+                log.info("ready: %s", self._paths.socket)
+                await self._end.wait()
+            finally:
+                notify("STOPPING=1")
+                server.stop()
+                tasks[1].cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                if metrics:
+                    await asyncio.to_thread(metrics.stop)
+                loop.remove_reader(events.fileno())
+
+    def _serve_metrics(self, config: Config) -> MetricsServer | None:
+        if config.metrics is None:
+            return None
+        registry = CollectorRegistry()
+        register(self, registry)
+        return serve_metrics(config.metrics.listen, registry)
+
+    # The kernel thread
+
+    async def _on_kernel_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def _reconcile(
+        self, config: Config, *, strict: bool, failed: Mapping[str, str] | None = None
+    ) -> Result:
+        """One reconciliation, timed and counted."""
+        began = time.monotonic()
+        detached = self._detached
+        try:
+            result = await self._on_kernel_thread(
+                lambda: self._reconciler.apply(config, strict=strict, detached=detached, failed=failed)
+            )
+        except OffloadError as error:
+            self._errors += 1
+            self._last_error = str(error)
+            raise
+        else:
+            self._last_error = None
+            return result
+        finally:
+            self._last_seconds = time.monotonic() - began
+            self._durations = self._durations.observed(self._last_seconds)
+
+    # Devices that come, go and change
+
+    def _hear(self, events: LinkEvents) -> None:
+        events.drain()
+        self._news.set()
+
+    async def _watch(self) -> None:
+        """Reconcile whenever there was news, once for all that came meanwhile."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            async with self._changing:
+                before = self._result.facts.links
+                failed = {
+                    name: why
+                    for name, why in self._result.failed.items()
+                    if (device := self._wanted.config.ports[name].device)
+                    and before.get(device) == self._result.facts.links.get(device)
+                }
+                try:
+                    self._result = await self._reconcile(self._wanted.config, strict=False, failed=failed)
+                except OffloadError as error:
+                    log.error("reconciliation failed: %s", error)
+                except Exception:
+                    log.exception("reconciliation failed")
+
+    # api.Service
+
+    async def status(self) -> StatusView:
+        views = await self._views()
+        wanted = self._wanted
+        return StatusView(
+            version=__version__,
+            started=self._started,
+            pid=os.getpid(),
+            config=ConfigStatus(
+                file=wanted.source,
+                digest=hashlib.sha256(wanted.text.encode()).hexdigest(),
+                loaded=self._loaded,
+                load_error=self._load_error,
+            ),
+            reconcile=ReconcileStatus(
+                runs=sum(self._durations.counts),
+                errors=self._errors,
+                last_seconds=self._last_seconds,
+                last_error=self._last_error,
+            ),
+            detached=self._detached,
+            counts=views.counts(),
+            warnings=[*warnings(wanted.config), *(p for nic in views.nics for p in nic.problems)],
+        )
+
+    async def nics(self) -> list[NicView]:
+        return (await self._views()).nics
+
+    async def switches(self) -> list[SwitchView]:
+        return (await self._views()).switches
+
+    async def ports(self) -> list[PortView]:
+        return (await self._views()).ports
+
+    async def queues(self) -> list[QueueView]:
+        return (await self._views()).queues
+
+    async def apply(self, text: str, source: str, dry_run: bool) -> Outcome:
+        async with self._changing:
+            try:
+                return await self._adopt(text, source, self._files(), dry_run)
+            except OffloadError as error:
+                if not dry_run:
+                    self._load_error = str(error)
+                raise
+
+    async def port_add(self, name: str, spec: dict[str, JsonValue], keep: bool, dry_run: bool) -> Outcome:
+        async with self._changing:
+            if name in self._wanted.config.ports:
+                raise UsageError(f"port {name} exists already: `offload port set {name} …` changes it")
+            port = parse_port(name, _without_nulls(spec), "port add")
+            files = {**self._files(), name: PortFile("keep" if keep else "run", port)}
+            return await self._adopt(self._wanted.text, self._wanted.source, files, dry_run)
+
+    async def port_set(self, name: str, spec: dict[str, JsonValue], dry_run: bool) -> Outcome:
+        async with self._changing:
+            file = self._port_file(name)
+            before = file.port.model_dump(mode="json", exclude_unset=True)
+            port = parse_port(name, _without_nulls({**before, **spec}), "port set")
+            files = {**self._files(), name: replace(file, port=port)}
+            return await self._adopt(self._wanted.text, self._wanted.source, files, dry_run)
+
+    async def port_remove(self, name: str, dry_run: bool) -> Outcome:
+        async with self._changing:
+            self._port_file(name)
+            files = {other: file for other, file in self._files().items() if other != name}
+            return await self._adopt(self._wanted.text, self._wanted.source, files, dry_run)
+
+    async def detach(self, everything: bool) -> Outcome:
+        async with self._changing:
+            config = self._wanted.config
+            if everything:
+                changes = await self._on_kernel_thread(
+                    lambda: self._reconciler.take_out(config, everything=True)
+                )
+                await self._on_kernel_thread(self._system.dataplane.remove_everything)
+                self._end.set()
+                return outcome(changes, None)
+            self._detached = True
+            self._result = await self._reconcile(config, strict=False)
+            return outcome(self._result.changes, None)
+
+    def _files(self) -> Mapping[str, PortFile]:
+        return self._wanted.files
+
+    def _port_file(self, name: str) -> PortFile:
+        if name in self._wanted.files:
+            return self._wanted.files[name]
+        if name in self._wanted.config.ports:
+            raise UsageError(
+                f"port {name} is of the config file {self._wanted.source}: "
+                f"change it there, then `offload apply {self._wanted.source}`"
+            )
+        raise UsageError(f"there is no port {name}: `offload ports` lists them")
+
+    async def _adopt(self, text: str, source: str, files: Mapping[str, PortFile], dry_run: bool) -> Outcome:
+        """Put a config in force, all of it or none; the caller holds the lock."""
+        wanted = await asyncio.to_thread(understand, text, source, files, self._paths, keep_macs=not dry_run)
+        if dry_run:
+            planned = await self._on_kernel_thread(lambda: self._reconciler.plan(wanted.config))
+            return outcome(planned.changes, wanted.config)
+        if wanted.config.metrics != self._wanted.config.metrics:
+            raise UsageError("metrics.listen changes only with a restart: `systemctl restart offload`")
+        was_detached, self._detached = self._detached, False
+        try:
+            result = await self._reconcile(wanted.config, strict=True)
+        except BaseException:
+            self._detached = was_detached
+            raise
+        portfiles.save(self._paths, self._wanted.files, wanted.files)
+        self._release_macs(wanted.config)
+        self._wanted, self._result = wanted, result
+        self._loaded, self._load_error = datetime.now(UTC), None
+        return outcome(result.changes, wanted.config)
+
+    def _release_macs(self, after: Config) -> None:
+        """Give addresses of ports that are gone back to the range."""
+        gone = self._wanted.config.ports.keys() - after.ports.keys()
+        if after.mac_range and gone:
+            allocator = MacAllocator(
+                self._paths.state_dir / "macs.json", after.mac_range.first, after.mac_range.last
+            )
+            for name in gone:
+                allocator.release(name)
+
+    # Views and metrics
+
+    def _read_views(self) -> report.Views:
+        result, wanted = self._result, self._wanted
+        reading = self._meter.read(result.desired)
+        sources = {name: file.source for name, file in wanted.files.items()}
+        return report.views(wanted.config, result.desired, reading, sources, self._detached)
+
+    async def _views(self) -> report.Views:
+        return await self._on_kernel_thread(self._read_views)
+
+    def read(self) -> Scrape:
+        """``metrics.Source``: called on the metrics server's threads."""
+        views = self._thread.submit(self._read_views).result()
+        return Scrape(views.ports, views.queues, views.nics, self._durations, self._load_error is not None)
+
+
+def _without_nulls(spec: Mapping[str, JsonValue]) -> dict[str, object]:
+    return {key: value for key, value in spec.items() if value is not None}
+
+
+__all__ = ["Daemon", "PortConfig", "Wanted", "run", "understand"]

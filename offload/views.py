@@ -1,0 +1,283 @@
+"""What people and programs are shown: the JSON of the API and of ``--json``.
+
+Every view is a frozen value whose field names are part of the public contract.
+The field descriptions here are the ones in ``/openapi.json``.
+
+Units, everywhere: packets are frames as the program saw them, bytes are of the
+Ethernet frame without its checksum, times are seconds, moments are ISO 8601 in
+UTC. Counters never go backwards while the kernel objects live. ``rx`` is towards
+the VM and ``tx`` is what the VM sent.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt
+
+PortState = Literal["waiting", "active", "paused", "failed"]
+PortPath = Literal["queue", "af_xdp", "bridge"]
+CounterPath = Literal["queue", "gro", "local", "direct", "af_xdp", "bridge"]
+PortSource = Literal["config", "keep", "run"]
+QueueState = Literal["undefined", "allocated", "set", "running", "paused"]
+QueueKind = Literal["hardware", "software"]
+
+PORT_STATES: tuple[PortState, ...] = get_args(PortState)
+QUEUE_STATES: tuple[QueueState, ...] = get_args(QueueState)
+
+
+class View(BaseModel):
+    """Base of all views: frozen, and nothing in it that is not declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Traffic(View):
+    """Frames and bytes counted on one path."""
+
+    packets: NonNegativeInt = Field(description="Frames handed over.")
+    bytes: NonNegativeInt = Field(description="Bytes of these frames, Ethernet header included.")
+
+
+class Counters(View):
+    """What a port carried, by path, and what was lost, by reason."""
+
+    rx: dict[CounterPath, Traffic] = Field(
+        description="Frames towards the VM, by the path that carried them. A path that this port cannot "
+        "take is left out."
+    )
+    tx: dict[CounterPath, Traffic] = Field(
+        description="Frames that the VM sent, by the path that carried them."
+    )
+    drops: dict[str, NonNegativeInt] = Field(
+        description="Frames dropped, by reason: spoofed, vlan, guard_dhcp, guard_ra, link_local, ring_full, "
+        "device_full, device_down, too_big, no_consumer, nic_rx. A reason that never occurred may be absent."
+    )
+
+
+class PortQueue(View):
+    """The VM queue that serves a port."""
+
+    id: NonNegativeInt = Field(
+        description="The queue's number on its NIC; never 0, which is the default queue."
+    )
+    kind: QueueKind = Field(
+        description="hardware: the NIC itself steers frames into an RX queue outside RSS. "
+        "software: XDP steers them after the NIC chose an RX queue."
+    )
+    cpu: int | None = Field(
+        description="The CPU that serves the queue; null: whichever CPU the NIC's RX queue is served by."
+    )
+    state: QueueState = Field(description="Where the queue is in its life.")
+
+
+class AfXdpChannel(View):
+    """One AF_XDP ring pair that a port's consumer may bind or has bound."""
+
+    kind: QueueKind = Field(description="Whether the NIC or XDP fills this channel.")
+    ifname: str = Field(description="The device that the socket binds.")
+    queue: NonNegativeInt = Field(description="The RX queue of that device.")
+    zero_copy: bool = Field(description="Whether zero copy is in force, as read back from the socket.")
+    map_path: str = Field(description="The pinned XSKMAP that the consumer puts its socket into.")
+    map_index: NonNegativeInt = Field(description="The slot of that map.")
+    consumer: str | None = Field(description="Who holds the socket; null: nobody.")
+
+
+class AfXdp(View):
+    """How a port is reached through AF_XDP instead of a device."""
+
+    channels: list[AfXdpChannel] = Field(description="The channels of the port, the first one preferred.")
+
+
+class PortView(View):
+    """One port: what was asked for, what is in force, and what it carried."""
+
+    name: str = Field(description="The port's name in the config.")
+    switch: str = Field(description="The switch that the port is on.")
+    device: str | None = Field(description="The tap or the host's end of the veth; null: an AF_XDP port.")
+    mac: list[str] = Field(
+        description="The VM's addresses, lower-case with colons, the first one is its main one."
+    )
+    vlan: str | None = Field(
+        description="null: untagged. '10': an access port of VLAN 10. 'trunk:10,20/native:1': a trunk."
+    )
+    weight: int = Field(
+        ge=0, le=100, description="Who gets a queue first when they run out; 0: no queue at all."
+    )
+    source: PortSource = Field(
+        description="Where the port is written down. config: the config file. keep: STATE_DIR/ports.d, "
+        "survives a reboot. run: RUN_DIR/ports.d, gone with the next boot."
+    )
+    state: PortState = Field(
+        description="waiting: the device is not there yet. active: frames flow. paused: on purpose none do. "
+        "failed: the reason says why."
+    )
+    path: PortPath = Field(description="The path that unicast frames from the wire take to this port now.")
+    queue: PortQueue | None = Field(description="The port's queue; null: it is served by the default queue.")
+    af_xdp: AfXdp | None = Field(description="Its AF_XDP channels; null: the port has a device.")
+    reason: str | None = Field(description="Why the port has not got what was asked for; null: it has.")
+    counters: Counters = Field(description="What the port carried and lost.")
+
+
+class QueueFilter(View):
+    """A destination that a queue receives; both parts match by equality."""
+
+    mac: str = Field(description="Destination MAC, lower-case with colons.")
+    vlan: int = Field(ge=0, le=4094, description="VLAN ID; 0: untagged and priority-tagged frames.")
+
+
+class QueueView(View):
+    """One queue of a NIC. The default queue has id 0 and is always listed."""
+
+    nic: str = Field(description="The NIC's name.")
+    id: NonNegativeInt = Field(description="The queue's number on this NIC; 0 is the default queue.")
+    kind: Literal["default", "hardware", "software"] = Field(
+        description="default: the queue that takes what no filter matches. Otherwise as for a port's queue."
+    )
+    state: QueueState = Field(description="Where the queue is in its life.")
+    cpu: int | None = Field(
+        description="The CPU that serves the queue; null: whichever CPU the NIC's RX queue is served by."
+    )
+    ports: list[str] = Field(
+        description="The ports it serves; for the default queue, those without one of their own."
+    )
+    filters: list[QueueFilter] = Field(description="What the queue receives; empty for the default queue.")
+    packets: NonNegativeInt = Field(description="Frames that were sorted into this queue.")
+    bytes: NonNegativeInt = Field(description="Bytes of these frames.")
+    drops: NonNegativeInt = Field(
+        description="Frames sorted into the queue and lost before they were handed over."
+    )
+
+
+class ProgramView(View):
+    """The XDP program on a NIC."""
+
+    digest: str = Field(description="Digest of the source and the flags that it was compiled from.")
+    tag: str = Field(description="The kernel's tag of the loaded instructions, as bpftool shows it.")
+    run_seconds: float | None = Field(
+        description="Time spent in the program; null where the kernel does not count it "
+        "(kernel.bpf_stats_enabled)."
+    )
+
+
+class NicView(View):
+    """One physical adapter, or what stands for it."""
+
+    name: str = Field(description="The device's name.")
+    ifindex: int | None = Field(description="The kernel's number for it; null: there is no such device now.")
+    driver: str | None = Field(description="The driver's name, as ethtool shows it; null: unknown.")
+    mode_asked: Literal["native", "generic"] = Field(description="xdp_mode of the config.")
+    mode: Literal["native", "generic", "offloaded"] | None = Field(
+        description="The XDP mode in force, read back from the kernel; null: no program is attached."
+    )
+    program: ProgramView | None = Field(description="The program that is attached; null: none of ours.")
+    filters: NonNegativeInt = Field(description="Filters in the NIC's table.")
+    default_queue: dict[str, NonNegativeInt] = Field(
+        description="Frames that went to the default queue, by the reason why."
+    )
+    queues_waiting: NonNegativeInt = Field(description="Ports that want a queue of this NIC and have none.")
+    rx_dropped: NonNegativeInt = Field(
+        description="Frames that the NIC lost before XDP saw them (rx_dropped)."
+    )
+    problems: list[str] = Field(description="What is wrong with this NIC, in words; empty: nothing.")
+
+
+class SwitchView(View):
+    """One virtual switch."""
+
+    name: str = Field(description="The switch's name in the config.")
+    type: Literal["private", "internal", "external"] = Field(description="Who may take part.")
+    uplink: str | None = Field(description="The NIC of an external switch; null: it has none.")
+    bridge: Literal["kernel", "python"] = Field(description="What carries the default path.")
+    device: str | None = Field(description="The bridge's network device; null: it has none now.")
+    host: str | None = Field(
+        description="The host's interface on the switch; null: the host has no part in it."
+    )
+    ports: list[str] = Field(description="Names of the ports on the switch.")
+    problems: list[str] = Field(description="What is wrong with this switch, in words; empty: nothing.")
+
+
+class ConfigStatus(View):
+    """The config that is in force, and how the last attempt to load one went."""
+
+    file: str | None = Field(description="The file that it came from.")
+    digest: str | None = Field(description="SHA-256 of the text in force, hexadecimal.")
+    loaded: AwareDatetime | None = Field(description="When it came into force.")
+    load_error: str | None = Field(description="Why the last config was refused; null: it was not.")
+
+
+class ReconcileStatus(View):
+    """How the daemon keeps the kernel and the config the same."""
+
+    runs: NonNegativeInt = Field(description="Reconciliations since the daemon started.")
+    errors: NonNegativeInt = Field(description="Those that failed.")
+    last_seconds: float | None = Field(description="How long the last one took; null: there was none yet.")
+    last_error: str | None = Field(description="What the last one failed with; null: it succeeded.")
+
+
+class Counts(View):
+    """How many of everything there are."""
+
+    nics: NonNegativeInt = Field(description="NICs.")
+    switches: NonNegativeInt = Field(description="Switches.")
+    ports: NonNegativeInt = Field(description="Ports.")
+    ports_active: NonNegativeInt = Field(description="Ports whose state is active.")
+    queues: NonNegativeInt = Field(description="VM queues, the default queues not counted.")
+    queues_waiting: NonNegativeInt = Field(description="Ports that want a queue and have none.")
+    filters: NonNegativeInt = Field(description="Filters on all NICs.")
+
+
+class StatusView(View):
+    """The daemon at a glance."""
+
+    version: str = Field(description="The version of offload.")
+    started: AwareDatetime = Field(description="When the daemon started.")
+    pid: int = Field(description="The daemon's process.")
+    config: ConfigStatus = Field(description="The config in force.")
+    reconcile: ReconcileStatus = Field(description="How reconciliation goes.")
+    detached: bool = Field(
+        description="The fast path was taken out by `offload detach`; the bridges forward alone."
+    )
+    counts: Counts = Field(description="Totals over all NICs and switches.")
+    warnings: list[str] = Field(description="What the operator should know, in words; empty: nothing.")
+
+
+class ChangeView(View):
+    """One thing that was changed in the kernel, or would be."""
+
+    resource: str = Field(description="The thing that changes.")
+    before: JsonValue = Field(description="Its value before; null: it was not there.")
+    after: JsonValue = Field(description="Its value after; null: it is not there any more.")
+    text: str = Field(description="The change in plain words.")
+
+
+class Outcome(View):
+    """What a command did, or with ``dry_run`` would do."""
+
+    changes: list[ChangeView] = Field(
+        description="The changes in the order in which they are made; empty: none."
+    )
+    warnings: list[str] = Field(description="What the operator should know, in words; empty: nothing.")
+
+
+class ProblemItem(View):
+    """One thing that is wrong with the input."""
+
+    path: str = Field(description="Where: dotted, as in ports.web1.vlan.")
+    value: str = Field(description="What was found there.")
+    allowed: str = Field(description="What would be accepted.")
+
+
+class ProblemBody(View):
+    """The body of every answer that is not a success."""
+
+    error: str = Field(description="The error's class, named for who has to act.")
+    message: str = Field(description="What went wrong, for people.")
+    exit_code: int = Field(
+        description="The exit code of the command line for this: 1 failed, 2 bad input, "
+        "3 kernel or driver cannot, 4 privilege missing."
+    )
+    source: str | None = Field(
+        default=None, description="The name of the config that is wrong; null: none is."
+    )
+    problems: list[ProblemItem] = Field(default=[], description="Everything that is wrong with the input.")
