@@ -1,0 +1,244 @@
+"""Every metric that offload exports, and the server that hands them out.
+
+All families are declared in ``_FAMILIES``. Nothing is kept here: each scrape
+asks the ``Source``, which reads the kernel's maps. A source that cannot read
+raises, and the scrape fails with HTTP 500 rather than showing zeros.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+import offload
+from offload.config import split_listen
+from offload.errors import OffloadError, PrivilegeError, UsageError
+from offload.views import PORT_STATES, QUEUE_STATES, NicView, PortView, QueueView
+
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of ``offload_reconcile_duration_seconds``, in seconds."""
+
+_FAMILIES: dict[str, tuple[Callable[[str, str], Metric], str]] = {
+    "offload_port_packets": (CounterMetricFamily, "Frames of a port; direction rx is towards the VM."),
+    "offload_port_bytes": (CounterMetricFamily, "Bytes of a port's frames; direction rx is towards the VM."),
+    "offload_port_drops": (CounterMetricFamily, "Frames of a port that were dropped, by reason."),
+    "offload_port": (InfoMetricFamily, "What a port is."),
+    "offload_port_state": (GaugeMetricFamily, "1 for the state that a port is in, 0 for the others."),
+    "offload_queue_packets": (
+        CounterMetricFamily,
+        "Frames sorted into a queue; queue 0 is the default queue.",
+    ),
+    "offload_queue_bytes": (CounterMetricFamily, "Bytes of the frames sorted into a queue."),
+    "offload_queue_drops": (CounterMetricFamily, "Frames sorted into a queue and lost before the hand-over."),
+    "offload_queue": (InfoMetricFamily, "What a queue is: default, hardware or software."),
+    "offload_queue_cpu": (
+        GaugeMetricFamily,
+        "The CPU that serves a queue; absent when it has none of its own.",
+    ),
+    "offload_queue_state": (GaugeMetricFamily, "1 for the state that a queue is in, 0 for the others."),
+    "offload_default_queue_packets": (
+        CounterMetricFamily,
+        "Frames that went to the default queue, by reason.",
+    ),
+    "offload_filters": (GaugeMetricFamily, "Filters in a NIC's table."),
+    "offload_queues_waiting": (GaugeMetricFamily, "Ports that want a queue of a NIC and have none."),
+    "offload_program_run_seconds": (CounterMetricFamily, "Time spent in a NIC's XDP program, where counted."),
+    "offload_reconcile_duration_seconds": (HistogramMetricFamily, "How long reconciliations took."),
+    "offload_config_load_error": (GaugeMetricFamily, "1 when the last config was refused, 0 when not."),
+    "offload_build": (InfoMetricFamily, "The version that runs."),
+}
+
+
+@dataclass(frozen=True)
+class Durations:
+    """A histogram at one moment.
+
+    ``counts`` has a number of observations per bucket of ``BUCKETS`` and one more for
+    everything longer; they are not cumulative. ``total`` is in seconds.
+    """
+
+    counts: tuple[int, ...] = (0,) * (len(BUCKETS) + 1)
+    total: float = 0.0
+
+    def observed(self, seconds: float) -> Durations:
+        """The histogram with one observation more."""
+        bucket = bisect_left(BUCKETS, seconds)
+        counts = (*self.counts[:bucket], self.counts[bucket] + 1, *self.counts[bucket + 1 :])
+        return Durations(counts, self.total + seconds)
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """The buckets as Prometheus has them: upper bound, and all observations up to it."""
+        bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
+        return [(bound, float(sum(self.counts[: place + 1]))) for place, bound in enumerate(bounds)]
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """What one scrape tells, all of it of the same moment. ``load_error``: the last config was refused."""
+
+    ports: Sequence[PortView]
+    queues: Sequence[QueueView]
+    nics: Sequence[NicView]
+    durations: Durations
+    load_error: bool
+
+
+class Source(Protocol):
+    """What a scrape reads."""
+
+    def read(self) -> Scrape:
+        """Called from the metrics server's threads. Raises when anything cannot be read."""
+        ...
+
+
+class OffloadCollector(Collector):
+    """Turns what a source reads into metric families, once per scrape."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def describe(self) -> Iterator[Metric]:
+        """The families without samples, so that registering reads nothing."""
+        return iter(_empty().values())
+
+    def collect(self) -> Iterator[Metric]:
+        """All families of this moment. Everything is read before the first one is given."""
+        scrape = self._source.read()
+        families = _empty()
+        _ports(families, scrape.ports)
+        _queues(families, scrape.queues)
+        _nics(families, scrape.nics)
+        _daemon(families, scrape.durations, scrape.load_error)
+        return iter(families.values())
+
+
+def register(source: Source, registry: CollectorRegistry) -> None:
+    """Export ``source`` through ``registry``. Reads nothing yet."""
+    registry.register(OffloadCollector(source))
+
+
+def _empty() -> dict[str, Metric]:
+    return {name: kind(name, text) for name, (kind, text) in _FAMILIES.items()}
+
+
+def _sample(metric: Metric, suffix: str, labels: dict[str, str], value: float) -> None:
+    # add_metric() builds each label dict anew; one dict serves both packets and bytes this way.
+    metric.samples.append(Sample(metric.name + suffix, labels, value))
+
+
+def _ports(families: dict[str, Metric], ports: Sequence[PortView]) -> None:
+    packets, octets = families["offload_port_packets"], families["offload_port_bytes"]
+    drops, info, state = (
+        families["offload_port_drops"],
+        families["offload_port"],
+        families["offload_port_state"],
+    )
+    for port in ports:
+        for direction, paths in (("rx", port.counters.rx), ("tx", port.counters.tx)):
+            for path, traffic in paths.items():
+                labels = {"port": port.name, "switch": port.switch, "direction": direction, "path": path}
+                _sample(packets, "_total", labels, traffic.packets)
+                _sample(octets, "_total", labels, traffic.bytes)
+        for reason, count in port.counters.drops.items():
+            if count:
+                labels = {"port": port.name, "switch": port.switch, "reason": reason}
+                _sample(drops, "_total", labels, count)
+        about = {
+            "port": port.name,
+            "switch": port.switch,
+            "device": port.device or "",
+            "mac": ",".join(port.mac),
+            "vlan": port.vlan or "",
+        }
+        _sample(info, "_info", about, 1)
+        for each in PORT_STATES:
+            _sample(state, "", {"port": port.name, "state": each}, each == port.state)
+
+
+def _queues(families: dict[str, Metric], queues: Sequence[QueueView]) -> None:
+    for queue in queues:
+        labels = {"nic": queue.nic, "queue": str(queue.id)}
+        _sample(families["offload_queue_packets"], "_total", labels, queue.packets)
+        _sample(families["offload_queue_bytes"], "_total", labels, queue.bytes)
+        _sample(families["offload_queue_drops"], "_total", labels, queue.drops)
+        _sample(families["offload_queue"], "_info", labels | {"kind": queue.kind}, 1)
+        if queue.cpu is not None:
+            _sample(families["offload_queue_cpu"], "", labels, queue.cpu)
+        for each in QUEUE_STATES:
+            _sample(families["offload_queue_state"], "", labels | {"state": each}, each == queue.state)
+
+
+def _nics(families: dict[str, Metric], nics: Sequence[NicView]) -> None:
+    for nic in nics:
+        labels = {"nic": nic.name}
+        for reason, count in nic.default_queue.items():
+            _sample(families["offload_default_queue_packets"], "_total", labels | {"reason": reason}, count)
+        _sample(families["offload_filters"], "", labels, nic.filters)
+        _sample(families["offload_queues_waiting"], "", labels, nic.queues_waiting)
+        if nic.program and nic.program.run_seconds is not None:
+            _sample(families["offload_program_run_seconds"], "_total", labels, nic.program.run_seconds)
+
+
+def _daemon(families: dict[str, Metric], durations: Durations, load_error: bool) -> None:
+    histogram = families["offload_reconcile_duration_seconds"]
+    assert isinstance(histogram, HistogramMetricFamily)
+    histogram.add_metric([], durations.cumulative(), durations.total)
+    _sample(families["offload_config_load_error"], "", {}, load_error)
+    _sample(families["offload_build"], "_info", {"version": offload.__version__}, 1)
+
+
+class MetricsServer:
+    """The HTTP server of the metrics, in threads of its own. Nothing outlives ``stop()``.
+
+    ``host`` is an address or a name; port 0 takes any free one. Errors as for ``serve_metrics``.
+    """
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise _explain(error, host, port) from error
+        self._stopped = False
+
+    @property
+    def port(self) -> int:
+        """The TCP port in use."""
+        return int(self._server.server_address[1])
+
+    def stop(self) -> None:
+        """Stop answering and close the listening socket. Idempotent."""
+        if not self._stopped:
+            self._stopped = True
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+
+
+def serve_metrics(listen: str, registry: CollectorRegistry) -> MetricsServer:
+    """Hand out ``registry`` over HTTP at ``listen``, which is ``metrics.listen`` of the config.
+
+    Raises UsageError when the address is not this host's or is taken, PrivilegeError
+    when the port needs one, ValueError when the config's parser would refuse ``listen``.
+    """
+    host, port = split_listen(listen)
+    return MetricsServer(host, port, registry)
+
+
+def _explain(error: OSError, host: str, port: int) -> OffloadError:
+    where = f"metrics.listen: {f'[{host}]' if ':' in host else host}:{port}"
+    if isinstance(error, PermissionError):
+        return PrivilegeError(f"{where}: a port below 1024 needs CAP_NET_BIND_SERVICE")
+    return UsageError(f"{where}: {error.strerror}; free the address, or choose another in the config")

@@ -1,0 +1,174 @@
+"""Views as tables for people.
+
+A table is as wide as its content: nothing is cut off, colours appear only on a
+terminal, and what is read from the kernel or a config is never taken for markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from offload.views import CounterPath, NicView, PortView, QueueView, StatusView, SwitchView, Traffic
+
+_RIGHT = frozenset(
+    ["ID", "CPU", "FILTERS", "WAITING", "RX DROPPED", "RX PACKETS", "TX PACKETS", "PACKETS", "BYTES", "DROPS"]
+)
+
+
+def show(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on standard output; the headings alone when there are no rows."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(Text(heading), justify="right" if heading in _RIGHT else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(highlight=False)
+    # A lone TERM or COLUMNS must not squeeze the table: the terminal may wrap, we do not cut.
+    wide = console.options.update(max_width=1_000_000)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(table)
+
+
+def status(view: StatusView) -> None:
+    """The daemon at a glance, a line per fact."""
+    config, reconcile, counts = view.config, view.reconcile, view.counts
+    rows = [
+        ("offload", view.version),
+        ("daemon", f"process {view.pid}, since {view.started:%Y-%m-%d %H:%M:%S %Z}"),
+        ("fast path", "detached: the bridges forward alone" if view.detached else "attached"),
+        ("config", _or_dash(config.file)),
+        ("  loaded", f"{config.loaded:%Y-%m-%d %H:%M:%S %Z}" if config.loaded else "never"),
+        ("  digest", _or_dash(config.digest)),
+        ("reconciled", f"{reconcile.runs} times, {reconcile.errors} failed"),
+        ("  last took", "-" if reconcile.last_seconds is None else f"{reconcile.last_seconds * 1000:.1f} ms"),
+        (
+            "ports",
+            f"{counts.ports}, {counts.ports_active} active, {counts.queues_waiting} waiting for a queue",
+        ),
+        ("VM queues", f"{counts.queues}, with {counts.filters} filters"),
+        ("NICs", str(counts.nics)),
+        ("switches", str(counts.switches)),
+    ]
+    if config.load_error:
+        rows += _lines("last config refused", config.load_error)
+    if reconcile.last_error:
+        rows += _lines("last failure", reconcile.last_error)
+    for warning in view.warnings:
+        rows += _lines("warning", warning)
+    width = max(len(key) for key, _ in rows)
+    for key, value in rows:
+        print(f"{key:{width}}  {value}".rstrip())
+
+
+def nics(views: Iterable[NicView]) -> None:
+    """The NICs, and what goes past the VM queues of each."""
+    show(
+        ("NIC", "DRIVER", "XDP", "PROGRAM", "FILTERS", "WAITING", "RX DROPPED", "DEFAULT QUEUE", "PROBLEMS"),
+        (
+            (
+                view.name,
+                _or_dash(view.driver),
+                view.mode if view.mode else f"none ({view.mode_asked} asked)",
+                view.program.tag if view.program else "-",
+                str(view.filters),
+                str(view.queues_waiting),
+                str(view.rx_dropped),
+                _by_reason(view.default_queue),
+                "; ".join(view.problems) or "-",
+            )
+            for view in views
+        ),
+    )
+
+
+def switches(views: Iterable[SwitchView]) -> None:
+    """The switches and who is on them."""
+    show(
+        ("SWITCH", "TYPE", "UPLINK", "BRIDGE", "DEVICE", "HOST", "PORTS", "PROBLEMS"),
+        (
+            (
+                view.name,
+                view.type,
+                _or_dash(view.uplink),
+                view.bridge,
+                _or_dash(view.device),
+                _or_dash(view.host),
+                ", ".join(view.ports) or "-",
+                "; ".join(view.problems) or "-",
+            )
+            for view in views
+        ),
+    )
+
+
+def ports(views: Iterable[PortView]) -> None:
+    """The ports: their paths, what they carried, and why not more."""
+    show(
+        (
+            *("PORT", "SWITCH", "DEVICE", "MAC", "VLAN", "STATE", "PATH", "QUEUE", "CPU"),
+            *("RX PACKETS", "TX PACKETS", "DROPS", "REASON"),
+        ),
+        (
+            (
+                view.name,
+                view.switch,
+                _or_dash(view.device),
+                ", ".join(view.mac) or "-",
+                _or_dash(view.vlan),
+                view.state,
+                view.path,
+                f"{view.queue.id} ({view.queue.kind})" if view.queue else "-",
+                _or_dash(view.queue.cpu) if view.queue else "-",
+                _packets(view.counters.rx),
+                _packets(view.counters.tx),
+                str(sum(view.counters.drops.values())),
+                _or_dash(view.reason),
+            )
+            for view in views
+        ),
+    )
+
+
+def queues(views: Iterable[QueueView]) -> None:
+    """The queues of all NICs."""
+    show(
+        ("NIC", "ID", "KIND", "STATE", "CPU", "PORTS", "FILTERS", "PACKETS", "BYTES", "DROPS"),
+        (
+            (
+                view.nic,
+                str(view.id),
+                view.kind,
+                view.state,
+                _or_dash(view.cpu),
+                ", ".join(view.ports) or "-",
+                str(len(view.filters)),
+                str(view.packets),
+                str(view.bytes),
+                str(view.drops),
+            )
+            for view in views
+        ),
+    )
+
+
+def _packets(paths: Mapping[CounterPath, Traffic]) -> str:
+    shown = [f"{path} {traffic.packets}" for path, traffic in paths.items() if traffic.packets]
+    return ", ".join(shown) or "0"
+
+
+def _by_reason(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()) if count) or "0"
+
+
+def _or_dash(value: str | int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _lines(key: str, text: str) -> list[tuple[str, str]]:
+    first, *rest = text.splitlines() or [""]
+    return [(key, first), *(("", line) for line in rest)]
