@@ -33,6 +33,7 @@ _BUCKET_MASK = BUCKETS - 1
 _VALUE_MASK = (1 << VALUE_BITS) - 1
 _MIX_FACTOR = 0x9E3779B97F4A7C5
 _MIX_SHIFT = 30
+_FOLD_SHIFT = 45
 _UNMIX_FACTOR = pow(_MIX_FACTOR, -1, 1 << KEY_BITS)
 _SEARCH_LIMIT = 2_000
 """Buckets looked at for a free slot before giving up; at half load a handful is enough."""
@@ -56,12 +57,12 @@ def mix(key: int) -> int:
     """A bijection of 60-bit numbers; the same as in ``classifier.h``."""
     key ^= key >> _MIX_SHIFT
     key = key * _MIX_FACTOR & _KEY_MASK
-    return key ^ key >> _MIX_SHIFT
+    return key ^ key >> _FOLD_SHIFT
 
 
 def unmix(mixed: int) -> int:
-    """The inverse of ``mix``. (A shift by half the width is undone by itself.)"""
-    mixed ^= mixed >> _MIX_SHIFT
+    """The inverse of ``mix``. (A shift by half the width or more is undone by itself.)"""
+    mixed ^= mixed >> _FOLD_SHIFT
     mixed = mixed * _UNMIX_FACTOR & _KEY_MASK
     return mixed ^ mixed >> _MIX_SHIFT
 
@@ -92,7 +93,7 @@ class Classifier:
         self._grace = grace
         self._barrier = barrier
         self._displaced: set[int] = set()
-        self._size = self._adopt()
+        self._size = len({key for key, _ in self})
 
     def __len__(self) -> int:
         return self._size
@@ -105,8 +106,8 @@ class Classifier:
 
     def get(self, key: int) -> int | None:
         """The port id of ``key``, or ``None``."""
-        index = self._find(key)
-        return None if index is None else (self._words[index] & _VALUE_MASK) - 1
+        slots = self._slots_of(key)
+        return (self._words[slots[0]] & _VALUE_MASK) - 1 if slots else None
 
     def set(self, key: int, port: int) -> None:
         """Make frames of ``key`` belong to ``port``, in one store for a key that is there already.
@@ -115,40 +116,35 @@ class Classifier:
         """
         if not 0 <= port < _VALUE_MASK or not 0 <= key <= _KEY_MASK:
             raise ValueError(f"filter {key:#x} of port {port} is out of range")
-        index = self._find(key)
-        if index is None:
-            index = self._make_room(mix(key))
+        slots = self._slots_of(key)
+        if not slots:
+            slots = [self._make_room(mix(key))]
             self._size += 1
-        self._words[index] = self._tag_at(index, key) | port + 1
+        for copy in slots[1:]:
+            self._words[copy] = 0
+        self._words[slots[0]] = self._tag_at(slots[0], key) | port + 1
 
     def remove(self, key: int) -> None:
         """Forget ``key``; nothing happens when it is not there."""
-        index = self._find(key)
-        if index is not None:
+        slots = self._slots_of(key)
+        for index in slots:
             self._words[index] = 0
+        if slots:
             self._size -= 1
             self._displaced.discard(key)  # no reader can demand it any more
 
-    def _adopt(self) -> int:
-        """How many keys are there. A writer that was killed while it displaced one left a copy: it goes."""
-        keys = set()
-        for index, word in enumerate(self._words):
-            if word and (key := self._key_at(index, word)) in keys:
-                self._words[index] = 0
-            elif word:
-                keys.add(key)
-        return len(keys)
-
-    def _find(self, key: int) -> int | None:
+    def _slots_of(self, key: int) -> list[int]:
+        """Where ``key`` is. Twice only if a writer was killed in the middle of displacing it."""
         mixed = mix(key)
         bucket, remainder = mixed & _BUCKET_MASK, mixed >> BUCKET_BITS
+        slots = []
         for choice, at in enumerate((bucket, _other_bucket(bucket, remainder))):
             tag = remainder << 1 | choice
             for index in range(at * BUCKET_SLOTS, (at + 1) * BUCKET_SLOTS):
                 word = self._words[index]
                 if word >> VALUE_BITS == tag and word:
-                    return index
-        return None
+                    slots.append(index)
+        return slots
 
     def _tag_at(self, index: int, key: int) -> int:
         mixed = mix(key)

@@ -142,6 +142,9 @@ class Daemon:
         self._last_error: str | None = None
         self._changing = asyncio.Lock()
         self._news = asyncio.Event()
+        self._changed: set[str] = set()
+        self._metrics: MetricsServer | None = None
+        self._listening: str | None = None
         self._end = asyncio.Event()
         self._wanted: Wanted
         self._result: Result
@@ -156,7 +159,7 @@ class Daemon:
             self._result = await self._reconcile(wanted.config, strict=True)
             self._wanted = wanted
             server = api.serve(api.build(self), self._paths.socket)
-            metrics = self._serve_metrics(wanted.config)
+            self._metrics = self._serve_metrics(wanted.config)
             tasks = [asyncio.create_task(server.serve()), asyncio.create_task(self._watch())]
             try:
                 notify(f"READY=1\nSTATUS={len(wanted.config.ports)} ports")
@@ -167,16 +170,29 @@ class Daemon:
                 server.stop()
                 tasks[1].cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                if metrics:
-                    await asyncio.to_thread(metrics.stop)
+                if self._metrics:
+                    await asyncio.to_thread(self._metrics.stop)
                 loop.remove_reader(events.fileno())
 
+    async def _move_metrics(self, config: Config) -> None:
+        """Serve metrics where ``config`` says; an address that cannot be had leaves none served."""
+        listen = config.metrics and config.metrics.listen
+        if listen == self._listening:
+            return
+        if self._metrics:
+            await asyncio.to_thread(self._metrics.stop)
+            self._metrics = None
+        self._metrics = self._serve_metrics(config)
+
     def _serve_metrics(self, config: Config) -> MetricsServer | None:
+        self._listening = None
         if config.metrics is None:
             return None
         registry = CollectorRegistry()
         register(self, registry)
-        return serve_metrics(config.metrics.listen, registry)
+        server = serve_metrics(config.metrics.listen, registry)
+        self._listening = config.metrics.listen
+        return server
 
     # The kernel thread
 
@@ -207,7 +223,7 @@ class Daemon:
     # Devices that come, go and change
 
     def _hear(self, events: LinkEvents) -> None:
-        events.drain()
+        self._changed |= {event.name for event in events.drain()}
         self._news.set()
 
     async def _watch(self) -> None:
@@ -216,12 +232,12 @@ class Daemon:
             await self._news.wait()
             self._news.clear()
             async with self._changing:
-                before = self._result.facts.links
+                changed, self._changed = self._changed, set()
+                ports = self._wanted.config.ports
                 failed = {
                     name: why
                     for name, why in self._result.failed.items()
-                    if (device := self._wanted.config.ports[name].device)
-                    and before.get(device) == self._result.facts.links.get(device)
+                    if name in ports and ports[name].device not in changed
                 }
                 try:
                     self._result = await self._reconcile(self._wanted.config, strict=False, failed=failed)
@@ -332,13 +348,13 @@ class Daemon:
         if dry_run:
             planned = await self._on_kernel_thread(lambda: self._reconciler.plan(wanted.config))
             return outcome(planned.changes, wanted.config)
-        if wanted.config.metrics != self._wanted.config.metrics:
-            raise UsageError("metrics.listen changes only with a restart: `systemctl restart offload`")
         was_detached, self._detached = self._detached, False
         try:
+            await self._move_metrics(wanted.config)
             result = await self._reconcile(wanted.config, strict=True)
         except BaseException:
             self._detached = was_detached
+            await self._move_metrics(self._wanted.config)
             raise
         portfiles.save(self._paths, self._wanted.files, wanted.files)
         self._release_macs(wanted.config)

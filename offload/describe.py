@@ -19,12 +19,14 @@ from offload.model import (
     Ipv6Disabled,
     Master,
     PeerFeature,
+    PortRecord,
     PortSlot,
     Promiscuous,
     QueueCpu,
     Resource,
     Uplink,
 )
+from offload.plan import RUNNING
 from offload.views import ChangeView
 
 
@@ -69,13 +71,27 @@ def _text(change: Change) -> str:
             )
         case Filter(device, _, mac, vid):
             where = f"frames for {mac}, {_vlan(vid)}, on {device}"
-            return f"send {where} to the default queue" if gone else f"send {where} to port {after}"
+            return (
+                f"send {where} to the default queue" if gone else f"send {where} to the queue of port {after}"
+            )
         case PortSlot(port_id):
-            return f"{_verb(change)} the record of port {port_id}"
+            return _port(port_id, change)
         case DeviceResource():
             return _setting(change.resource, change)
         case _:
             return f"{_verb(change)} {_name(change.resource)}"
+
+
+def _port(port_id: int, change: Change) -> str:
+    value = change.before if change.after is None else change.after
+    record = PortRecord.of(value) if isinstance(value, tuple) else None
+    name = f"port {port_id} ({record.name if record else 'unknown'})"
+    if change.after is None or record is None:
+        return f"forget {name}"
+    if not record.flags & RUNNING:
+        return f"serve {name} through the bridge"
+    cpu = "the CPU where the NIC receives" if record.cpu is None else f"CPU {record.cpu}"
+    return f"serve {name} with queue {record.queue} on {cpu}"
 
 
 def _master(device: str, change: Change) -> str:

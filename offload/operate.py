@@ -21,7 +21,7 @@ _NOTHING = Config(version=1)
 
 
 def plan(text: str | None, source: str, paths: Paths) -> Outcome:
-    """What ``apply`` would change, changing nothing. Without ``text``: what a living daemon has left to do."""
+    """What ``apply`` would change, changing nothing. Without ``text``: for the daemon's own config."""
     if text is None:
         with Client(paths.socket) as client:
             file = client.status().config.file

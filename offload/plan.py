@@ -160,7 +160,7 @@ def desire(config: Config, facts: Facts) -> Desired:
     for nic in usable:
         link = facts.links[nic]
         for queue in queues[nic].values():
-            if queue.cpu is not None and not facts.detached:
+            if queue.cpu in facts.online_cpus and not facts.detached:
                 state[QueueCpu(nic, link.ifindex, queue.cpu)] = RING_SIZE
     return Desired(state, decisions, {name: tuple(told) for name, told in problems.items()}, tuple(refusals))
 

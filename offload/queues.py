@@ -8,7 +8,7 @@ or straight to the device where that is the CPU it is on already.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,25 +42,31 @@ def allocate(
     order = sorted(requests, key=lambda request: (request.port not in held, -request.weight))
     granted = order if limit is None else order[:limit]
     queues: dict[str, Queue] = {}
-    load = Counter(
-        held[request.port].cpu for request in granted if request.port in held and request.cpu == "auto"
-    )
+    load: Counter[int | None] = Counter()
+    for request in granted:
+        if isinstance(request.cpu, int):
+            load[request.cpu] += 1
+        elif request.cpu == "auto" and request.port in held:
+            load[held[request.port].cpu] += 1
     for request in granted:
         had = held.get(request.port)
-        number = had.id if had else _lowest_free(held, queues.values())
+        given = {queue.id for queue in queues.values()}
+        if had and had.id not in given:  # a port that came from another NIC may bring a number that is taken
+            number = had.id
+        else:
+            number = _lowest_free(given | {queue.id for queue in held.values()})
         queues[request.port] = Queue(number, _cpu(request, had, cpus, load))
     return queues
 
 
-def _lowest_free(held: Mapping[str, Queue], given: Iterable[Queue]) -> int:
-    taken = {queue.id for queue in (*held.values(), *given)}
+def _lowest_free(taken: Collection[int]) -> int:
     return next(number for number in range(1, len(taken) + 2) if number not in taken)
 
 
 def _cpu(request: Request, had: Queue | None, cpus: Sequence[int], load: Counter[int | None]) -> int | None:
     if request.cpu == "nic":
         return None
-    if request.cpu != "auto":
+    if isinstance(request.cpu, int):
         return request.cpu
     if had and had.cpu in cpus:
         return had.cpu

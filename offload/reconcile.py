@@ -105,13 +105,14 @@ class Reconciler:
                     raise step.cause from step.cause.__cause__
                 log.warning("port %s is left out: %s", port, step.cause)
                 left_out[port] = str(step.cause)
-                continue
-            made += changes
-        rest = "\n".join(
-            f"{change.resource}: is {change.before}, shall be {change.after}" for change in changes
-        )
+            else:
+                made += changes
+        _, _, rest = self._compare(config, detached, left_out)
+        if not rest:
+            return Result(facts, desired, tuple(made), left_out)
         self._undo(made if strict else [])
-        raise VerifyError(f"the kernel does not keep what was set:\n{rest}")
+        differing = [f"{change.resource}: is {change.before}, shall be {change.after}" for change in rest]
+        raise VerifyError("\n".join(["the kernel does not keep what was set:", *differing]))
 
     def take_out(self, config: Config, *, everything: bool) -> tuple[Change, ...]:
         """Take the fast path out, or all that is ours. ``config`` only says which devices to look at."""
@@ -144,26 +145,27 @@ class Reconciler:
 
     def _carry_out(self, changes: tuple[Change, ...], wanted: State) -> None:
         """Make the changes, or none of them. Settings of others are journalled before the first."""
-        self._journal.record_all(
-            {
-                change.resource: change.before
-                for change in changes
-                if change.resource in wanted and isinstance(change.resource, (*SETTINGS, Bridge))
-            }
-        )
+        settings = {
+            change.resource: change.before
+            for change in changes
+            if change.resource in wanted and isinstance(change.resource, (*SETTINGS, Bridge))
+        }
+        untouched = settings.keys() - self._journal.originals().keys()
+        self._journal.record_all(settings)
         done: list[Change] = []
-        for change in changes:
-            log.info("%s", describe(change).text)
-            try:
+        try:
+            for change in changes:
+                log.info("%s", describe(change).text)
                 self._kernel.execute(change)
-            except OffloadError as error:
-                log.error("%s: %s", describe(change).text, error)
-                self._undo(done)
+                done.append(change)
+                untouched.discard(change.resource)
+        except BaseException as error:
+            log.error("%s: %s", describe(change).text, error)
+            self._undo(done)
+            self._journal.forget(untouched)
+            if isinstance(error, OffloadError):
                 raise _StepError(change, error) from error
-            except BaseException:
-                self._undo(done)
-                raise
-            done.append(change)
+            raise
         self._journal.forget(change.resource for change in changes if change.resource not in wanted)
 
     def _undo(self, done: list[Change]) -> None:

@@ -488,6 +488,10 @@ class Link(_Handle):
         self._fill(info)
         return LinkInfo(info.id, info.prog_id, info.ifindex)
 
+    def detach(self) -> None:
+        """Take the program off now. (Removing the last pin does so as well, but a moment later.)"""
+        _call("bpf_link_detach", self.fd, doing="detach a program")
+
     def replace(self, program: Program) -> None:
         """Put another program in place, between two frames: none is lost and none sees neither."""
         _call("bpf_link_update", self.fd, program.fd, None, doing="replace a program under its link")

@@ -280,7 +280,7 @@ class Dataplane:
     def detach(self, ifindex: int) -> None:
         """Take the program off a NIC and its maps away; frames take the default path from then on."""
         nic = self._nics.pop(ifindex)
-        (nic.directory / "uplink").unlink(missing_ok=True)
+        _end_link(nic.directory / "uplink")
         nic.close()
         shutil.rmtree(nic.directory)
 
@@ -363,9 +363,10 @@ class Dataplane:
                 queue=record.queue,
             )
         # Two words, each stored whole: the program reads them separately.
-        words = self._rows.cast("Q") if self._rows.format == "B" else self._rows
+        words = self._rows.cast("Q")
         first = port_id * layout.size // 8
-        for index, (word,) in enumerate(struct.iter_unpack("=Q", row)):
+        # The one with the flags comes last, so that a port runs only when the rest is there.
+        for index, (word,) in reversed(list(enumerate(struct.iter_unpack("=Q", row)))):
             words[first + index] = word
 
     # Filters
@@ -431,7 +432,7 @@ class Dataplane:
     def clear_guard(self, ifindex: int) -> None:
         pin = self.pins / "guards" / str(ifindex)
         if pin.exists():
-            pin.unlink()
+            _end_link(pin)
         else:
             detach_classic(ifindex)
         self._maps["guards"].delete(_U32.pack(ifindex))
@@ -467,6 +468,14 @@ class Dataplane:
 def _defines() -> dict[str, int]:
     # cpumaps cannot be larger than the kernel's NR_CPUS: their size is set when they are made.
     return {"MAX_PORTS": MAX_PORTS, "MAX_CPUS": 1, "QUEUE_CPUS": 1}
+
+
+def _end_link(pin: Path) -> None:
+    """Detach and unpin. A link whose device has gone is detached already."""
+    with Link.pinned(pin) as link:
+        if link.info().ifindex:
+            link.detach()
+    pin.unlink()
 
 
 def _children(directory: Path) -> list[Path]:

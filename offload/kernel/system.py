@@ -240,8 +240,12 @@ class System:
 
     def _make_bridge(self, name: str) -> None:
         ifindex = self.links.create_bridge(name, self.alias)
-        self.links.set_ipv6_disabled(name, True)
-        self.links.set_up(ifindex, True)
+        try:
+            self.links.set_ipv6_disabled(name, True)
+            self.links.set_up(ifindex, True)
+        except BaseException:
+            self.links.delete_link(ifindex)
+            raise
 
     def _execute_dataplane(self, change: Change) -> None:
         plane, after = self.dataplane, change.after

@@ -20,6 +20,7 @@ from offload.model import (
     Ipv6Disabled,
     Master,
     PeerFeature,
+    PortRecord,
     PortSlot,
     Promiscuous,
     QueueCpu,
@@ -34,6 +35,11 @@ class Novelty(DeviceResource):
     """A resource that nobody has words for."""
 
 
+WEB1 = PortRecord("web1", 2, 3, 0, 1, 1514, 7).as_value()
+ON_NIC = PortRecord("web1", 2, None, 0, 1, 1514, 7).as_value()
+PAUSED = PortRecord("web1", 2, 3, 0, 0, 1514, 7).as_value()
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -46,15 +52,19 @@ class Novelty(DeviceResource):
         (Change(Fdb("web1", 3, MAC), True, None), f"forget on the bridge where {MAC} is"),
         (
             Change(Filter("eth1", 2, MAC, 0), None, 4),
-            f"send frames for {MAC}, untagged, on eth1 to port 4",
+            f"send frames for {MAC}, untagged, on eth1 to the queue of port 4",
         ),
         (
             Change(Filter("eth1", 2, MAC, 10), 4, None),
             f"send frames for {MAC}, VLAN 10, on eth1 to the default queue",
         ),
-        (Change(PortSlot(4), None, (1, 2)), "write the record of port 4"),
-        (Change(PortSlot(4), (1, 2), (1, 3)), "change the record of port 4"),
-        (Change(PortSlot(4), (1, 2), None), "remove the record of port 4"),
+        (Change(PortSlot(4), None, WEB1), "serve port 4 (web1) with queue 2 on CPU 3"),
+        (
+            Change(PortSlot(4), WEB1, ON_NIC),
+            "serve port 4 (web1) with queue 2 on the CPU where the NIC receives",
+        ),
+        (Change(PortSlot(4), WEB1, PAUSED), "serve port 4 (web1) through the bridge"),
+        (Change(PortSlot(4), WEB1, None), "forget port 4 (web1)"),
         (Change(AdminUp("web1", 3), False, True), "set web1 up"),
         (Change(AdminUp("web1", 3), True, False), "set web1 down"),
         (Change(Promiscuous("eth1", 2), False, True), "switch promiscuous mode of eth1 on"),
@@ -96,4 +106,4 @@ def test_text(change: Change, text: str) -> None:
 def test_names_and_values_are_plain() -> None:
     view = describe(Change(Filter("eth1", 2, MAC, 10), None, 4))
     assert (view.resource, view.before, view.after) == (f"Filter eth1 {MAC} 10", None, 4)
-    assert describe(Change(PortSlot(4), None, (1, ("a", None)))).after == [1, ["a", None]]
+    assert describe(Change(Uplink("eth1", 2), None, ("native", ("a", None)))).after == ["native", ["a", None]]

@@ -1,0 +1,191 @@
+"""The reconciler over a kernel that is a dict: apply, undo, journal, verify. No privileges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from offload.config import Config
+from offload.errors import KernelError, OffloadError, VerifyError
+from offload.journal import Era, Journal
+from offload.model import AdminUp, Bridge, BridgePort, Change, Master, Promiscuous, Resource, State, Value
+from offload.plan import Facts
+from offload.reconcile import Reconciler
+from tests.unit.test_plan import ETH1, FACTS, WEB1, config
+
+ERA = Era("boot", 1)
+
+
+class DictKernel:
+    """Holds settings; fails at the resource that ``breaks`` names, ignores the one that ``deaf`` names."""
+
+    def __init__(self) -> None:
+        self.state: dict[Resource, Value] = {
+            AdminUp("eth1", 2): False,
+            Promiscuous("eth1", 2): False,
+            AdminUp("web1", 3): True,
+        }
+        self.breaks: Resource | None = None
+        self.deaf: Resource | None = None
+        self.done: list[Change] = []
+
+    def facts(
+        self,
+        config: Config,
+        originals: State,
+        *,
+        detached: bool = False,
+        failed: Mapping[str, str] | None = None,
+    ) -> Facts:
+        return Facts(
+            links=FACTS.links,
+            online_cpus=(0,),
+            digest="d1",
+            detached=detached,
+            bridges=frozenset(resource.name for resource in self.state if isinstance(resource, Bridge)),
+            peers=FACTS.peers,
+            failed=failed or {},
+        )
+
+    def observe(self, facts: Facts, wanted: State, originals: State) -> dict[Resource, Value]:
+        return {resource: value for resource, value in self.state.items() if value is not None}
+
+    def execute(self, change: Change) -> None:
+        if change.resource == self.breaks and change.after is not None:
+            raise KernelError(f"no {change.resource}")
+        self.done.append(change)
+        if change.resource == self.deaf:
+            return
+        if change.after is None:
+            self.state.pop(change.resource, None)
+        else:
+            self.state[change.resource] = change.after
+
+
+@pytest.fixture
+def kernel() -> DictKernel:
+    return DictKernel()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "journal.jsonl", ERA)
+
+
+def test_apply_reaches_what_is_wanted_and_then_rests(kernel: DictKernel, journal: Journal) -> None:
+    reconciler = Reconciler(kernel, journal)
+    result = reconciler.apply(config(), strict=True)
+    assert result.desired.state.items() <= kernel.state.items()
+    assert reconciler.apply(config(), strict=True).changes == ()
+
+
+def test_plan_changes_nothing(kernel: DictKernel, journal: Journal) -> None:
+    assert Reconciler(kernel, journal).plan(config()).changes
+    assert (kernel.done, journal.originals()) == ([], {})
+
+
+def test_settings_are_in_the_journal_before_the_first_change(kernel: DictKernel, tmp_path: Path) -> None:
+    seen: list[dict[Resource, Value]] = []
+
+    class Watching(DictKernel):
+        def execute(self, change: Change) -> None:
+            seen.append(Journal(tmp_path / "j", ERA).originals())
+            super().execute(change)
+
+    Reconciler(Watching(), Journal(tmp_path / "j", ERA)).apply(config(), strict=True)
+    assert seen[0][AdminUp("eth1", 2)] is False
+    assert seen[0][Promiscuous("eth1", 2)] is False
+    assert seen[0][Bridge("ext0")] is None
+    assert AdminUp("web1", 3) not in seen[0]  # it was up already
+
+
+def test_taking_everything_out_restores_every_setting(kernel: DictKernel, journal: Journal) -> None:
+    before = dict(kernel.state)
+    reconciler = Reconciler(kernel, journal)
+    reconciler.apply(config(), strict=True)
+    reconciler.take_out(config(), everything=True)
+    left = {key: value for key, value in kernel.state.items() if not isinstance(key, BridgePort)}
+    assert before.items() <= left.items()
+    assert {key for key in left if not isinstance(key, AdminUp | Promiscuous)} == {
+        key for key in left if type(key).__name__ in ("Ipv6Disabled", "PeerFeature")
+    }  # a dict that never held these settings cannot say what they were
+    assert not [key for key in journal.originals() if key in before]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+def test_a_failure_on_the_nic_undoes_everything(kernel: DictKernel, journal: Journal, strict: bool) -> None:
+    before = dict(kernel.state)
+    kernel.breaks = Promiscuous("eth1", 2)
+    with pytest.raises(KernelError, match="Promiscuous"):
+        Reconciler(kernel, journal).apply(config(), strict=strict)
+    assert {key: value for key, value in kernel.state.items() if value} == {
+        key: value for key, value in before.items() if value
+    }
+    assert not [key for key in journal.originals() if key in before or isinstance(key, Bridge)]
+
+
+def test_a_failure_on_a_port_leaves_only_that_port_out(kernel: DictKernel, journal: Journal) -> None:
+    kernel.breaks = Master("web1", 3)
+    result = Reconciler(kernel, journal).apply(config(), strict=False)
+    assert result.failed == {"web1": f"no {kernel.breaks}"}
+    assert result.desired.ports["web1"].state == "failed"
+    assert kernel.state[Master("eth1", 2)] == "ext0"
+
+
+def test_the_same_failure_refuses_a_config_whole(kernel: DictKernel, journal: Journal) -> None:
+    kernel.breaks = Master("web1", 3)
+    with pytest.raises(KernelError):
+        Reconciler(kernel, journal).apply(config(), strict=True)
+    assert Bridge("ext0") not in kernel.state
+
+
+def test_a_failing_undo_does_not_hide_the_cause(kernel: DictKernel, journal: Journal) -> None:
+    class Stuck(DictKernel):
+        def execute(self, change: Change) -> None:
+            if change.resource == Bridge("ext0") and change.after is None:
+                raise KernelError("the bridge stays")
+            super().execute(change)
+
+    stuck = Stuck()
+    stuck.breaks = Promiscuous("eth1", 2)
+    with pytest.raises(KernelError, match="Promiscuous"):
+        Reconciler(stuck, journal).apply(config(), strict=True)
+    assert Master("eth1", 2) not in stuck.state  # the rest was undone all the same
+
+
+def test_a_kernel_that_does_not_keep_what_was_set_is_told(kernel: DictKernel, journal: Journal) -> None:
+    kernel.deaf = AdminUp("eth1", 2)
+    with pytest.raises(VerifyError, match=r"AdminUp.*is False, shall be True"):
+        Reconciler(kernel, journal).apply(config(), strict=True)
+
+
+def test_detaching_and_putting_back(kernel: DictKernel, journal: Journal) -> None:
+    reconciler = Reconciler(kernel, journal)
+    reconciler.apply(config(), strict=True)
+    attached = dict(kernel.state)
+    reconciler.apply(config(), strict=False, detached=True)
+    assert kernel.state[Master("web1", WEB1.ifindex)] == "ext0"
+    assert "Uplink" not in {type(resource).__name__ for resource in kernel.state}
+    reconciler.apply(config(), strict=True)
+    assert kernel.state == attached
+
+
+def test_unknown_errors_undo_too(kernel: DictKernel, journal: Journal) -> None:
+    class Broken(DictKernel):
+        def execute(self, change: Change) -> None:
+            if change.resource == Master("eth1", ETH1.ifindex):
+                raise ZeroDivisionError
+            super().execute(change)
+
+    broken = Broken()
+    with pytest.raises(ZeroDivisionError):
+        Reconciler(broken, journal).apply(config(), strict=True)
+    assert Bridge("ext0") not in broken.state
+
+
+def test_refusals_come_before_any_change(kernel: DictKernel, journal: Journal) -> None:
+    with pytest.raises(OffloadError, match="CPU"):
+        Reconciler(kernel, journal).apply(config(port="switch: ext0, cpu: 5,"), strict=True)
+    assert kernel.done == []
