@@ -145,7 +145,7 @@ class Reconciler:
 
     def _carry_out(self, changes: tuple[Change, ...], wanted: State) -> None:
         """Make the changes, or none of them. Settings of others are journalled before the first."""
-        settings = {
+        settings: dict[Resource, Value] = {
             change.resource: change.before
             for change in changes
             if change.resource in wanted and isinstance(change.resource, (*SETTINGS, Bridge))

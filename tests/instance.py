@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ BPFFS = Path("/sys/fs/bpf")
 
 
 @cache
-def _shared_cache() -> Path:
+def shared_cache() -> Path:
     directory = Path(tempfile.mkdtemp(prefix="offload-cache-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
@@ -59,7 +60,7 @@ class Instance:
         self.directory = Path(tempfile.mkdtemp(prefix="offload-test-"))
         self.paths = Paths(self.directory / "run", self.directory / "state", BPFFS / self.directory.name)
         self.paths.state_dir.mkdir()
-        self.paths.cache.symlink_to(_shared_cache())
+        self.paths.cache.symlink_to(shared_cache())
         self.file = self.write(config)
         self.log = self.directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -91,7 +92,9 @@ class Instance:
         return self
 
     def ready(self) -> bool:
-        return self.paths.socket.exists()
+        """Whether somebody answers: the socket of a daemon that was killed is still there."""
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(str(self.paths.socket)) == 0
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End the daemon; what it set up stays. Returns its exit code."""

@@ -409,10 +409,11 @@ class Program(_Handle):
             result = _libbpf().bpf_prog_load(*arguments, ct.byref(options))
         if result < 0:
             told = _with_source(log.value.decode(errors="replace"), spec.lines)
-            refusal = _error(-result, f"load program {name}")
-            if not told:
+            if not told or result == -errno.EPERM:
+                refusal = _error(-result, f"load program {name}")
                 raise refusal from refusal.__cause__
-            raise type(refusal)(f"{refusal}\n{told}") from refusal.__cause__
+            cause = OSError(-result, os.strerror(-result))  # EACCES too: a program's fault, not a privilege's
+            raise KernelError(f"the kernel's verifier refuses program {name}:\n{told}") from cause
         return cls(result)
 
     def info(self) -> ProgramInfo:

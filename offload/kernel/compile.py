@@ -85,8 +85,9 @@ def sources() -> Path:
 def digest_of(source: Path, defines: Mapping[str, int]) -> str:
     """SHA-256 over everything that the result depends on, as 64 hex digits."""
     summary = hashlib.sha256(f"{FORMAT} {os.uname().machine} {source.name}".encode())
-    for header in sorted(source.parent.glob("*.h")):
-        summary.update(header.read_bytes())
+    for directory in (source.parent, sources()):
+        for header in sorted(directory.glob("*.h")):
+            summary.update(header.read_bytes())
     summary.update(source.read_bytes())
     summary.update(json.dumps(sorted(defines.items())).encode())
     return summary.hexdigest()
@@ -171,20 +172,39 @@ def _kernel_tree(root: Path) -> None:
         (root / "include/asm" / header.name).symlink_to(header)
 
 
-def _lines_of(listing: str) -> dict[str, dict[int, str]]:
+def _lines_of(listing: str, source: str) -> dict[str, dict[int, str]]:
     """Per program, the source line at which an instruction's line begins, from bcc's listing."""
     lines: dict[str, dict[int, str]] = {}
     current: dict[int, str] = {}
-    pending = ""
+    pending = 0
+    own = _own_lines(listing, source)
     for row in listing.splitlines():
         if section := re.match(r"Disassembly of function (\w+)", row):
             current = lines.setdefault(section[1], {})
-        elif source := re.match(r"; (.*?)(?:\s+// Line\s+(\d+))?$", row):
-            text = " ".join(source[1].split())
-            pending = f"line {source[2]}: {text}" if source[2] else text
+        elif listed := re.search(_LISTED, row):
+            pending = int(listed[2])
         elif (instruction := re.match(r"\s*(\d+):\t", row)) and pending:
-            current[int(instruction[1])] = pending
-            pending = ""
+            current[int(instruction[1])] = own[pending]
+            pending = 0
+    return lines
+
+
+_LISTED = re.compile(r"^; *(.*?)\s+// Line\s+(\d+)$", re.MULTILINE)
+
+
+def _own_lines(listing: str, source: str) -> dict[int, str]:
+    """What the source has for a line number of the listing; bcc inserts lines and rewrites map operations.
+
+    Lines that are listed as they were written tell by how much the numbers are off around them.
+    """
+    own = [" ".join(line.split()) for line in source.splitlines()]
+    listed = {int(number): " ".join(text.split()) for text, number in re.findall(_LISTED, listing)}
+    shift = {number: number - own.index(text) for number, text in listed.items() if own.count(text) == 1}
+    lines = {}
+    for number, text in listed.items():
+        nearest = min(shift, default=0, key=lambda known: (known > number, abs(known - number)))
+        index = number - shift.get(nearest, 0)
+        lines[number] = f"line {index + 1}: {own[index]}" if 0 <= index < len(own) else text
     return lines
 
 
@@ -228,7 +248,7 @@ def _compile(source: Path, defines: Mapping[str, int]) -> dict[str, Any]:
         flags += [f"-I{source.parent.resolve()}", f"-I{sources()}"]
         with _captured_stderr() as said:
             module = BPF(src_file=str(source), cflags=flags, debug=_DEBUG_SOURCE)
-            lines = _lines_of(said())
+            lines = _lines_of(said(), source.read_text())
 
     lib.bpf_table_name.restype = ctypes.c_char_p
     by_fd, maps = {}, {}

@@ -22,6 +22,7 @@ import platform
 import shutil
 import struct
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -233,27 +234,31 @@ class Dataplane:
                 return
             self.detach(ifindex)  # somebody forced our link off: begin anew
         directory = self.pins / "nics" / str(ifindex)
-        try:
-            maps = {
-                name: self._adopt(directory / name, name, self.vmq.maps[name], self._entries(name))
-                for name in _PER_NIC
-            }
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            maps = {}
+            for name in _PER_NIC:
+                spec = self.vmq.maps[name]
+                maps[name] = self._adopt(directory / name, name, spec, self._entries(name))
+                undo.callback(maps[name].close)
             nic = NicObjects(directory, maps, self._load(maps, directory))
+            undo.callback(nic.close)
             self._link(nic, device, ifindex, mode)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
+            undo.pop_all()
         self._nics[ifindex] = nic
 
     def _load(self, maps: Mapping[str, Map], directory: Path) -> dict[str, Program]:
         programs = {}
-        for name, attach in (("uplink", AttachType.XDP), ("queue", AttachType.XDP_CPUMAP)):
-            label = f"{name}_{self.digest}"
-            spec = self.vmq.programs[name]
-            programs[name] = Program.load(label, spec, {**self._maps, **maps}, attach, frags=True)
-            pin = directory / f"{name}_program"
-            pin.unlink(missing_ok=True)
-            programs[name].pin(pin)
+        with ExitStack() as undo:
+            for name, attach in (("uplink", AttachType.XDP), ("queue", AttachType.XDP_CPUMAP)):
+                label = f"{name}_{self.digest}"
+                spec = self.vmq.programs[name]
+                programs[name] = Program.load(label, spec, {**self._maps, **maps}, attach, frags=True)
+                undo.callback(programs[name].close)
+                pin = directory / f"{name}_program"
+                pin.unlink(missing_ok=True)
+                programs[name].pin(pin)
+            undo.pop_all()
         return programs
 
     def _link(self, nic: NicObjects, device: str, ifindex: int, mode: XdpMode) -> None:

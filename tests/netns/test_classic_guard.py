@@ -1,0 +1,54 @@
+"""The guard on kernels without tcx: a cls_bpf filter under clsact, made to be used here too. Needs root."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from offload.errors import KernelError
+from offload.kernel.bpf import Link
+from offload.kernel.dataplane import Dataplane
+from tests.instance import BPFFS, shared_cache
+from tests.lab import Lab, tag, test_frame
+
+SENDER, MAC = "02:15:5d:ff:00:01", "02:15:5d:00:00:01"
+
+
+def no_tcx(*_: object, **__: object) -> Link:
+    """What ``bpf_link_create`` answers before Linux 6.6."""
+    raise KernelError("could not attach") from OSError(22, "Invalid argument")
+
+
+def send_once(device: str, frame: bytes) -> None:
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+        sender.bind((device, 0))
+        sender.send(frame)
+
+
+def test_the_classic_guard_admits_and_drops_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = lab.vm("web1", MAC)
+    index = lab.host.ifindex("web1")
+    monkeypatch.setattr(Link, "create", no_tcx)
+    with tempfile.TemporaryDirectory(dir=BPFFS) as pins:
+        plane = Dataplane(Path(pins) / "v1", shared_cache())
+        lab.host.call(plane.open)
+        lab.host.call(lambda: plane.set_guard("web1", index, 3, 0))
+        assert lab.host.call(plane.guards) == {index: (3, 0)}
+        with vm.capture() as capture:
+            lab.host.send("web1", [test_frame(MAC, SENDER, tags=tags) for tags in (b"", tag(0))])
+            with pytest.raises(OSError, match="No buffer space"):  # so the sender learns of a drop
+                lab.host.call(lambda: send_once("web1", test_frame(MAC, SENDER, tags=tag(10))))
+            plain = test_frame(MAC, SENDER)
+            assert capture.wait_for(2) == [plain, plain]
+            assert capture.extra(2) == []
+        counters = plane.port_counters(4)[3]
+        assert (counters["bridged"]["packets"], counters["vlan_bridge"]) == (2, 1)
+        lab.host.call(lambda: plane.clear_guard(index))
+        assert lab.host.call(plane.guards) == {}
+        with vm.capture() as capture:
+            lab.host.send("web1", [test_frame(MAC, SENDER, tags=tag(10))])
+            capture.wait_for(1)
+        plane.remove_everything()
