@@ -143,6 +143,7 @@ class Daemon:
         self._changing = asyncio.Lock()
         self._news = asyncio.Event()
         self._changed: set[str] = set()
+        self._ready = False
         self._metrics: MetricsServer | None = None
         self._listening: str | None = None
         self._end = asyncio.Event()
@@ -154,25 +155,35 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end.set)
-        with self._system.events() as events:
-            loop.add_reader(events.fileno(), self._hear, events)
-            self._result = await self._reconcile(wanted.config, strict=True)
-            self._wanted = wanted
-            server = api.serve(api.build(self), self._paths.socket)
+        # Addresses are taken first: one that cannot be had refuses the start while nothing is changed.
+        server = api.serve(api.build(self), self._paths.socket)
+        try:
             self._metrics = self._serve_metrics(wanted.config)
-            tasks = [asyncio.create_task(server.serve()), asyncio.create_task(self._watch())]
-            try:
+            with self._system.events() as events:
+                loop.add_reader(events.fileno(), self._hear, events)
+                self._result = await self._reconcile(wanted.config, strict=True)
+                self._wanted = wanted
+                self._ready = True
                 notify(f"READY=1\nSTATUS={len(wanted.config.ports)} ports")
                 log.info("ready: %s", self._paths.socket)
-                await self._end.wait()
-            finally:
-                notify("STOPPING=1")
-                server.stop()
-                tasks[1].cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                if self._metrics:
-                    await asyncio.to_thread(self._metrics.stop)
+                await self._until_end(server)
                 loop.remove_reader(events.fileno())
+        finally:
+            server.close()
+            if self._metrics:
+                await asyncio.to_thread(self._metrics.stop)
+
+    async def _until_end(self, server: api.ApiServer) -> None:
+        """Serve and watch until a signal or ``detach --all``, or until one of the two fails."""
+        serving = asyncio.create_task(server.serve())
+        watching = asyncio.create_task(self._watch())
+        ending = asyncio.create_task(self._end.wait())
+        await asyncio.wait([serving, watching, ending], return_when=asyncio.FIRST_COMPLETED)
+        notify("STOPPING=1")
+        server.stop()
+        for task in (watching, ending):
+            task.cancel()
+        await serving
 
     async def _move_metrics(self, config: Config) -> None:
         """Serve metrics where ``config`` says; an address that cannot be had leaves none served."""
@@ -385,6 +396,8 @@ class Daemon:
 
     def read(self) -> Scrape:
         """``metrics.Source``: called on the metrics server's threads."""
+        if not self._ready:
+            raise OffloadError("the daemon is starting: there is nothing to read yet")
         views = self._thread.submit(self._read_views).result()
         return Scrape(views.ports, views.queues, views.nics, self._durations, self._load_error is not None)
 

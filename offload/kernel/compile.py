@@ -36,6 +36,8 @@ INSN_BYTES = 8
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
 _DEBUG_SOURCE = 0x8  # bcc: print the instructions under their source lines
+_BCC_FILE = "/virtual/main.c"  # bcc's name for any source
+_TRACEBACK = "Traceback (most recent call last)"  # Python's, after the C compiler has said what is wrong
 
 _XDP, _SCHED_CLS = 6, 3  # enum bpf_prog_type
 _OTHER_TYPES = {"guard": _SCHED_CLS}  # everything else is XDP
@@ -121,7 +123,8 @@ def _compile_in_child(source: Path, defines: Mapping[str, int], result: Path) ->
         os.unlink(unfinished.name)
         if child.returncode == UnsupportedError.exit_code:
             raise UnsupportedError(child.stderr.strip())
-        raise KernelError(f"{source.name} does not compile:\n{child.stderr.strip()}")
+        said, trace, raised = child.stderr.replace(_BCC_FILE, source.name).partition(_TRACEBACK)
+        raise KernelError(f"{source.name} does not compile:\n{said.strip() or trace + raised}")
     os.rename(unfinished.name, result)
 
 

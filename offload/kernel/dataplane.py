@@ -20,6 +20,7 @@ import errno
 import os
 import platform
 import shutil
+import socket
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -267,7 +268,7 @@ class Dataplane:
         try:
             link = Link.create(nic.programs["uplink"], ifindex, AttachType.XDP, flags=flags, doing=doing)
         except OffloadError as error:
-            raise _attach_error(error, device, mode) from error
+            raise _attach_error(error, device, ifindex, mode) from error.__cause__
         with link:
             link.pin(nic.directory / "uplink")
 
@@ -492,7 +493,7 @@ def _differs(shape: MapShape, wanted: tuple[int, ...]) -> str:
     return f"(type, key, value, entries: {found}, not {wanted})"
 
 
-def _attach_error(error: OffloadError, device: str, mode: XdpMode) -> OffloadError:
+def _attach_error(error: OffloadError, device: str, ifindex: int, mode: XdpMode) -> OffloadError:
     """Say what an operator can do about a device that takes no XDP program."""
     number = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
     match number:
@@ -500,6 +501,8 @@ def _attach_error(error: OffloadError, device: str, mode: XdpMode) -> OffloadErr
             return ForeignError(
                 f"{device} has an XDP program that is not ours; `offload doctor` tells whose it is"
             )
+        case errno.EINVAL if not _is_there(ifindex):
+            return KernelError(f"could not attach XDP to {device}: the device has gone")
         case errno.EOPNOTSUPP | errno.EINVAL if mode == "native":
             return UnsupportedError(
                 f"{error}: the driver of {device} cannot, or not with its present MTU and queues; "
@@ -507,3 +510,11 @@ def _attach_error(error: OffloadError, device: str, mode: XdpMode) -> OffloadErr
             )
         case _:
             return error
+
+
+def _is_there(ifindex: int) -> bool:
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
