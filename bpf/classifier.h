@@ -38,6 +38,7 @@
 #define KEY_MASK     ((1ull << KEY_BITS) - 1)
 #define MIX_FACTOR   0x9e3779b97f4a7c5ull /* odd; 2^60 divided by the golden ratio */
 #define MIX_SHIFT    30
+#define FOLD_SHIFT   45 /* the best mixed bits, which the whole key went into, onto the bucket number */
 
 /* Half a cache line, aligned to its size: a bucket never straddles two lines. */
 struct bucket {
@@ -55,7 +56,7 @@ static __always_inline __u64 mix(__u64 key)
 {
 	key ^= key >> MIX_SHIFT;
 	key = (key * MIX_FACTOR) & KEY_MASK;
-	key ^= key >> MIX_SHIFT;
+	key ^= key >> FOLD_SHIFT;
 	return key;
 }
 

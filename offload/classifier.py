@@ -8,7 +8,7 @@ changes. The rules that keep them right, each of them relied on in the C:
   machines that Linux runs XDP on. Key and value change together.
 * A key that must make room is first written to its other bucket, then its old
   slot is overwritten: at no moment is it in neither. Stores of one thread reach other
-  CPUs in order on x86-64; elsewhere ``barrier`` is called between the two.
+  CPUs in order, and loads are made in order, on x86-64; other machines need more than this.
 * No key is displaced twice without a grace period in between, in which every program that
   was running has ended. Removed slots may be used again at once.
 """
@@ -77,21 +77,18 @@ class Classifier:
 
     ``words`` holds ``BUCKETS * BUCKET_SLOTS`` unsigned 64-bit words. ``grace`` returns once
     every program that ran when it was called has ended; it may take 10 ms, and is called only
-    before a key would be displaced a second time. ``barrier`` orders two stores where the
-    machine does not.
+    before a key would be displaced a second time.
     """
 
     def __init__(
         self,
         words: memoryview,
         grace: Callable[[], None],
-        barrier: Callable[[], None] = lambda: None,
     ) -> None:
         if words.format != "Q" or len(words) < BUCKETS * BUCKET_SLOTS:
             raise ValueError("a filter table is a sequence of 64-bit words")
         self._words = words
         self._grace = grace
-        self._barrier = barrier
         self._displaced: set[int] = set()
         self._size = len({key for key, _ in self})
 
@@ -213,6 +210,5 @@ class Classifier:
         for source, target in zip(path[-2::-1], path[:0:-1], strict=True):
             word = self._words[source]
             self._words[target] = word ^ 1 << VALUE_BITS  # the same key, its other choice
-            self._barrier()
             self._words[source] = 0
         return path[0]

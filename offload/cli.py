@@ -119,7 +119,7 @@ def _instance_options(command: Command) -> Command:
     ):
         with_paths = click.option(
             f"--{name}",
-            type=click.Path(file_okay=False, path_type=Path),
+            type=click.Path(file_okay=False, readable=False, path_type=Path),
             default=directory,
             show_default=True,
             envvar=f"OFFLOAD_{name.replace('-', '_').upper()}",

@@ -122,7 +122,7 @@ def _setting(resource: DeviceResource, change: Change) -> str:
                 f"switch address learning {words[bool(learning)]} and "
                 f"flooding of unknown addresses {words[bool(flood)]} at {device}"
             )
-        case Guard(), (_, pvid) if isinstance(pvid, int):
+        case Guard(), (_, pvid, _) if isinstance(pvid, int):
             return f"let only frames of its own, {_vlan(pvid)}, through to {device}"
         case Guard(), None:
             return f"take the guard at {device} away"

@@ -99,7 +99,7 @@ class Ipv6Disabled(DeviceResource):
 
 @dataclass(frozen=True, order=True)
 class Guard(DeviceResource):
-    """The tc program at a port's egress. Value: ``(port_id, pvid)``.
+    """The tc program at a port's egress. Value: ``(port_id, pvid, program digest)``.
 
     pvid 0 stands for an untagged port.
     """

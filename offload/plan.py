@@ -72,6 +72,7 @@ class Facts:
     online_cpus: tuple[int, ...]
     vlan_filtering: bool = False
     digest: str = ""
+    guard_digest: str = ""
     detached: bool = False
     bridges: frozenset[str] = frozenset()
     programs: Mapping[int, int] = field(default_factory=dict)
@@ -317,7 +318,7 @@ def _port(
         at = (present.name, present.ifindex)
         state |= {
             Ipv6Disabled(*at): True,
-            Guard(*at): (port_id, pvid),
+            Guard(*at): (port_id, pvid, facts.guard_digest),
             Master(*at): port.switch,
             BridgePort(*at): (False, False),
             AdminUp(*at): _up(present, port.switch),

@@ -8,7 +8,7 @@ looking. Below ``PIN_DIR/v1``::
     nics/IFINDEX/{classifier,cpus,nic_counters}        per NIC
     nics/IFINDEX/{uplink_program,queue_program}        as attached
     nics/IFINDEX/uplink                                the XDP link
-    guards/IFINDEX                                     a port device's tcx link
+    guards/IFINDEX-DIGEST                              a port device's tcx link, and its program
 
 A frame's way through them is told in ``bpf/vmq.c``.
 """
@@ -23,7 +23,7 @@ import shutil
 import socket
 import struct
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,7 +44,7 @@ from .bpf import (
     possible_cpus,
 )
 from .compile import MapSpec, compiled
-from .tc import attach_classic, detach_classic, has_classic
+from .tc import attach_classic, classic_on, detach_classic
 
 MAX_PORTS = 16_384
 """Ports of one instance, over all NICs. Costs 104 bytes of counters per port and CPU."""
@@ -56,7 +56,7 @@ _SHARED = ("ports", "devices", "port_counters")
 _PER_NIC = ("classifier", "cpus", "nic_counters")
 _U32 = struct.Struct("=I")
 _DEVICE = struct.Struct("=II")  # struct bpf_devmap_val, bpf_cpumap_val: what, program
-_MEMBARRIER = {"x86_64": 324, "aarch64": 283}
+_MEMBARRIER = 324  # the system call's number on x86-64
 _MEMBARRIER_CMD_GLOBAL = 1
 
 
@@ -67,10 +67,7 @@ def grace_period() -> None:
     are RCU readers (``kernel/sched/membarrier.c``). Takes about 10 ms.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    number = _MEMBARRIER.get(platform.machine())
-    if number is None:
-        raise UnsupportedError(f"offload does not know membarrier(2) on {platform.machine()}")
-    if libc.syscall(number, _MEMBARRIER_CMD_GLOBAL, 0, 0) < 0:
+    if libc.syscall(_MEMBARRIER, _MEMBARRIER_CMD_GLOBAL, 0, 0) < 0:
         code = ctypes.get_errno()
         raise KernelError(f"membarrier: {os.strerror(code)} (a kernel booted with nohz_full has none)")
 
@@ -153,10 +150,13 @@ class Dataplane:
                 self._nics.pop(ifindex).close()
         for (ifindex,) in [_U32.unpack(key) for key in self._maps["guards"].all_keys()]:
             if self._keep and ifindex not in live:
-                (self.pins / "guards" / str(ifindex)).unlink(missing_ok=True)
+                if pin := self._guard_pin(ifindex):
+                    pin.unlink()
                 self._maps["guards"].delete(_U32.pack(ifindex))
 
     def close(self) -> None:
+        if self._keep and self._maps and not self._nics and not self.ports() and not self.guards():
+            shutil.rmtree(self.pins)  # nothing uses them: a start was refused, or everything was taken out
         for nic in self._nics.values():
             nic.close()
         for handle in self._maps.values():
@@ -392,52 +392,69 @@ class Dataplane:
 
     # Guards: the tc program at the ports' egress
 
-    def guards(self) -> dict[int, tuple[int, int]]:
-        """``(port id, pvid)`` of every device that has our tc program, by ifindex."""
+    @property
+    def guard_digest(self) -> str:
+        """What ``guards`` says of a device that runs this version's program."""
+        return self.guard.digest[:8]
+
+    def guards(self) -> dict[int, tuple[int, int, str]]:
+        """``(port id, pvid, digest)`` of every device that has our tc program, by ifindex."""
         layout = self.layouts["guards"]
         found = {}
         for key in self._maps["guards"].all_keys():
             (ifindex,) = _U32.unpack(key)
             value = self._maps["guards"].lookup(key, layout.size)
-            if value and self._guard_attached(ifindex):
+            if value and (digest := self._guard_on(ifindex)):
                 row = layout.read(value)
-                found[ifindex] = (row["port"], row["pvid"])
+                found[ifindex] = (row["port"], row["pvid"], digest)
         return found
 
-    def _guard_attached(self, ifindex: int) -> bool:
-        try:
-            with Link.pinned(self.pins / "guards" / str(ifindex)) as link:
-                return link.info().ifindex == ifindex
-        except FileNotFoundError:
-            return has_classic(ifindex)
+    def _guard_on(self, ifindex: int) -> str | None:
+        """The digest of our tc program on a device, or ``None``."""
+        pin = self._guard_pin(ifindex)
+        if pin is None:
+            return classic_on(ifindex)
+        with Link.pinned(pin) as link:
+            return pin.name.partition("-")[2] if link.info().ifindex == ifindex else None
+
+    def _guard_pin(self, ifindex: int) -> Path | None:
+        return next((self.pins / "guards").glob(f"{ifindex}-*"), None)
 
     def set_guard(self, device: str, ifindex: int, port_id: int, pvid: int) -> None:
-        """Admit to this device only what a port of this VLAN may get (``pvid`` 0: untagged)."""
+        """Admit to this device only what a port of this VLAN may get (``pvid`` 0: untagged).
+
+        The program of another version that is there is replaced, between two frames.
+        """
         value = self.layouts["guards"].pack(port=port_id, pvid=pvid, flags=0)
         self._maps["guards"].update(_U32.pack(ifindex), value)
-        if self._guard_attached(ifindex):
+        digest = self._guard_on(ifindex)
+        if digest == self.guard_digest:
             return
-        program = self._guard_program
-        if program is None:
+        if self._guard_program is None:
             spec = self.guard.programs["guard"]
-            program = Program.load("guard", spec, self._maps, AttachType.NONE, frags=False)
-            self._guard_program = program
+            self._guard_program = Program.load("guard", spec, self._maps, AttachType.NONE, frags=False)
+        program, pin = self._guard_program, self._guard_pin(ifindex)
+        wanted = self.pins / "guards" / f"{ifindex}-{self.guard_digest}"
+        if digest and pin:
+            with Link.pinned(pin) as link:
+                link.replace(program)
+            pin.rename(wanted)
+            return
+        if pin:
+            pin.unlink()  # of a link that somebody forced off
         doing = f"attach the tc program to {device}"
         try:
             link = Link.create(program, ifindex, AttachType.TCX_EGRESS, doing=doing)
         except OffloadError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL:
-                attach_classic(device, ifindex, program.fd)  # before 6.6 there is no tcx
+                attach_classic(device, ifindex, program.fd, self.guard_digest)  # before 6.6 there is no tcx
                 return
             raise
         with link:
-            pin = self.pins / "guards" / str(ifindex)
-            pin.unlink(missing_ok=True)
-            link.pin(pin)
+            link.pin(wanted)
 
     def clear_guard(self, ifindex: int) -> None:
-        pin = self.pins / "guards" / str(ifindex)
-        if pin.exists():
+        if pin := self._guard_pin(ifindex):
             _end_link(pin)
         else:
             detach_classic(ifindex)
@@ -469,6 +486,8 @@ class Dataplane:
         """Remove every pin of ours. Call when nothing is attached any more."""
         self.close()
         shutil.rmtree(self.pins, ignore_errors=True)
+        with suppress(OSError):  # somebody else keeps pins there too
+            self.pins.parent.rmdir()
 
 
 def _defines() -> dict[str, int]:
@@ -503,6 +522,11 @@ def _attach_error(error: OffloadError, device: str, ifindex: int, mode: XdpMode)
             )
         case errno.EINVAL if not _is_there(ifindex):
             return KernelError(f"could not attach XDP to {device}: the device has gone")
+        case errno.ENOSPC:  # drivers/net/veth.c, veth_xdp_set()
+            return UnsupportedError(
+                f"{error}: it has fewer RX queues than its other end has TX queues (`ethtool -l`): "
+                f"`ethtool -L {device} rx N`, or fewer at the other end"
+            )
         case errno.EOPNOTSUPP | errno.EINVAL if mode == "native":
             return UnsupportedError(
                 f"{error}: the driver of {device} cannot, or not with its present MTU and queues; "

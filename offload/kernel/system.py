@@ -6,6 +6,7 @@ on a thread with an asyncio loop: pyroute2 brings its own.
 
 from __future__ import annotations
 
+import platform
 import socket
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -58,9 +59,13 @@ class System:
         self._keep = keep
         self.alias = f"offload:{paths.pin_dir}"
         self._stack = ExitStack()
-        self._filters_removed = False
+        self._filters_left = False
 
     def __enter__(self) -> Self:
+        if platform.machine() != "x86_64":
+            raise UnsupportedError(
+                f"offload runs on x86-64 only: its filter table is unproven on {platform.machine()}"
+            )
         _require(host.capabilities(), "cap_bpf", "cap_net_admin", "cap_perfmon")
         _require({"btf": host.btf(), "bpffs": host.bpffs(self.paths.pin_dir)}, "btf", "bpffs")
         with ExitStack() as stack:
@@ -109,6 +114,7 @@ class System:
             online_cpus=host.online_cpus(),
             vlan_filtering=tagged and host.bridges()[1].state == "yes",
             digest=self.dataplane.digest,
+            guard_digest=self.dataplane.guard_digest,
             detached=detached,
             bridges=bridges,
             programs=self.dataplane.program_ids(),
@@ -252,7 +258,7 @@ class System:
         match change.resource:
             case Guard(device, ifindex):
                 if isinstance(after, tuple):
-                    port_id, pvid = after
+                    port_id, pvid, _ = after
                     plane.set_guard(device, ifindex, _int(port_id), _int(pvid))
                 else:
                     plane.clear_guard(ifindex)
@@ -266,13 +272,13 @@ class System:
             case QueueCpu(_, ifindex, cpu):
                 plane.set_queue_cpu(ifindex, cpu, None if after is None else _int(after))
             case PortSlot(port_id):
-                if after is None and self._filters_removed:
-                    grace_period()  # a program may still hold an answer of the filters that went
-                    self._filters_removed = False
+                if self._filters_left and (after is None or change.before is None):
+                    grace_period()  # a program may still hold a port id that its filter no longer gives
+                    self._filters_left = False
                 plane.set_port(port_id, PortRecord.of(after) if isinstance(after, tuple) else None)
             case Filter(_, ifindex, mac, vid):
                 plane.set_filter(ifindex, mac, vid, None if after is None else _int(after))
-                self._filters_removed |= after is None
+                self._filters_left |= change.before is not None
             case _:
                 raise TypeError(f"nothing knows how to change {change.resource}")
 

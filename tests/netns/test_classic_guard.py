@@ -36,7 +36,7 @@ def test_the_classic_guard_admits_and_drops_alike(lab: Lab, monkeypatch: pytest.
         plane = Dataplane(Path(pins) / "v1", shared_cache())
         lab.host.call(plane.open)
         lab.host.call(lambda: plane.set_guard("web1", index, 3, 0))
-        assert lab.host.call(plane.guards) == {index: (3, 0)}
+        assert lab.host.call(plane.guards) == {index: (3, 0, plane.guard_digest)}
         with vm.capture() as capture:
             lab.host.send("web1", [test_frame(MAC, SENDER, tags=tags) for tags in (b"", tag(0))])
             with pytest.raises(OSError, match="No buffer space"):  # so the sender learns of a drop

@@ -78,9 +78,15 @@ PAUSED = PortRecord("web1", 2, 3, 0, 0, 1514, 7).as_value()
             Change(BridgePort("web1", 3), (True, True), (True, False)),
             "switch address learning on and flooding of unknown addresses off at web1",
         ),
-        (Change(Guard("web1", 3), None, (4, 0)), "let only frames of its own, untagged, through to web1"),
-        (Change(Guard("web1", 3), (4, 0), (4, 10)), "let only frames of its own, VLAN 10, through to web1"),
-        (Change(Guard("web1", 3), (4, 0), None), "take the guard at web1 away"),
+        (
+            Change(Guard("web1", 3), None, (4, 0, "g")),
+            "let only frames of its own, untagged, through to web1",
+        ),
+        (
+            Change(Guard("web1", 3), (4, 0, "g"), (4, 10, "g")),
+            "let only frames of its own, VLAN 10, through to web1",
+        ),
+        (Change(Guard("web1", 3), (4, 0, "g"), None), "take the guard at web1 away"),
         (
             Change(Uplink("eth1", 2), None, ("native", "ab")),
             "attach the XDP program on eth1 (native mode)",

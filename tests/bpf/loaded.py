@@ -1,0 +1,187 @@
+"""The product's programs as plain XDP and tc programs, with maps of their own and no pins.
+
+BPF_PROG_TEST_RUN refuses programs that were loaded for a cpumap, so ``queue`` is loaded a second time
+as XDP on the same maps: the twin that the tests run.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from offload.classifier import Classifier, filter_key
+from offload.kernel.abi import Layout
+from offload.kernel.bpf import AttachType, Map, Program, RunResult, possible_cpus
+from offload.kernel.compile import Artifact, compiled
+from offload.kernel.dataplane import CPU_OF_NIC, grace_period
+from tests.lab import Namespace
+
+MAX_PORTS = 64
+DEFINES = {"MAX_PORTS": MAX_PORTS, "MAX_CPUS": 1, "QUEUE_CPUS": 1}
+LOOPBACK = 1
+"""The ifindex of ``lo`` in every namespace: a device for rows that only need one to be there."""
+
+XDP_DROP, XDP_PASS, XDP_REDIRECT = 1, 2, 4
+TC_ACT_UNSPEC, TC_ACT_SHOT = 0xFFFFFFFF, 2
+
+_U32 = struct.Struct("=I")
+_PAIR = struct.Struct("=II")
+
+T = TypeVar("T")
+Counts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One frame through one program: what was decided, the frame afterwards, and what was counted.
+
+    ``moved`` has every counter of every port and of the NIC that is not what it was:
+    ``"3.direct.packets": 1`` for port 3, ``"nic.broadcast.bytes": 60`` for the NIC.
+    """
+
+    verdict: int
+    frame: bytes
+    moved: Counts
+
+
+class _Objects:
+    """Handles that are let go together."""
+
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
+    def close(self) -> None:
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _maps(self, artifact: Artifact, **entries: int) -> dict[str, Map]:
+        return {
+            name: self._held.enter_context(Map.create(name, spec, entries.get(name)))
+            for name, spec in artifact.maps.items()
+        }
+
+    def _load(
+        self, artifact: Artifact, name: str, maps: dict[str, Map], attach: AttachType, frags: bool
+    ) -> Program:
+        return self._held.enter_context(
+            Program.load(name, artifact.programs[name], maps, attach, frags=frags)
+        )
+
+
+class Vmq(_Objects):
+    """``vmq.c`` as one NIC has it. Programs run on ``cpu``, in ``ns``, where devices are looked up too."""
+
+    def __init__(self, ns: Namespace, cache: Path, cpu: int) -> None:
+        super().__init__()
+        self._ns = ns
+        self.cpu = cpu
+        artifact = compiled("vmq.c", DEFINES, cache)
+        self.layouts = {n: Layout(s.value) for n, s in artifact.maps.items() if not isinstance(s.value, str)}
+        self.maps = self._maps(artifact, cpus=possible_cpus())
+        self.uplink = self._load(artifact, "uplink", self.maps, AttachType.XDP, frags=True)
+        self.twin = self._load(artifact, "queue", self.maps, AttachType.XDP, frags=True)
+        self.queue = self._load(artifact, "queue", self.maps, AttachType.XDP_CPUMAP, frags=True)
+        memory = self.maps["classifier"].mapped()
+        self._held.callback(memory.close)
+        self.words = memoryview(memory).cast("Q")
+        self._held.callback(self.words.release)
+        self.classifier = Classifier(self.words, grace_period)
+
+    def set_port(self, port_id: int, ifindex: int = LOOPBACK, **fields: int) -> None:
+        """Write a row of the port table and its device. An ``ifindex`` of 0 leaves the device slot empty."""
+        row = {"cpu": CPU_OF_NIC, "pvid": 0, "flags": 0, "max_len": 1514, "queue": port_id + 1} | fields
+        self.maps["ports"].update(_U32.pack(port_id), self.layouts["ports"].pack(ifindex=ifindex, **row))
+        if ifindex:
+            devices = self.maps["devices"]
+            self._ns.call(lambda: devices.update(_U32.pack(port_id), _PAIR.pack(ifindex, 0)))
+
+    def serve(self, cpu: int) -> None:
+        """Let ``cpu`` serve queues."""
+        self.maps["cpus"].update(_U32.pack(cpu), _PAIR.pack(64, self.queue.fd))
+
+    def set_filter(self, mac: str, vid: int, port_id: int) -> None:
+        self.classifier.set(filter_key(mac, vid), port_id)
+
+    def run(self, program: Program, frame: bytes) -> Run:
+        """One frame through ``program``. Once only: a second run would see what the first has stripped."""
+        before = self.counts()
+        result = self.on_cpu(lambda: program.test_run(frame))
+        after = self.counts()
+        moved = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+        return Run(result.verdict, result.frame, moved)
+
+    def on_cpu(self, work: Callable[[], T]) -> T:
+        """``work()`` in the namespace, on the CPU that plays the NIC's."""
+
+        def body() -> T:
+            os.sched_setaffinity(0, {self.cpu})
+            return work()
+
+        return self._ns.call(body)
+
+    def counts(self) -> Counts:
+        """Every counter by name, as ``Run.moved`` has them."""
+        ports = self._totals("port_counters", MAX_PORTS)
+        found = {f"{port_id}.{name}": value for port_id in ports for name, value in flat(ports[port_id])}
+        return found | {f"nic.{name}": value for name, value in flat(self._totals("nic_counters", 1)[0])}
+
+    def _totals(self, name: str, rows: int) -> dict[int, dict[str, Any]]:
+        layout = self.layouts[name]
+        size = layout.size * possible_cpus()
+        raw = self.maps[name].read_first(rows, size)
+        return {row: layout.total(raw[row * size : (row + 1) * size]) for row in range(rows)}
+
+
+class Guard(_Objects):
+    """``guard.c`` for the loopback device of ``ns``, which is where test frames seem to be."""
+
+    def __init__(self, ns: Namespace, cache: Path) -> None:
+        super().__init__()
+        self._ns = ns
+        artifact = compiled("guard.c", {"MAX_PORTS": MAX_PORTS}, cache)
+        self._guards = Layout(artifact.maps["guards"].value)
+        self._counters = Layout(artifact.maps["port_counters"].value)
+        self.maps = self._maps(artifact)
+        self.program = self._load(artifact, "guard", self.maps, AttachType.NONE, frags=False)
+
+    def set(self, port: int, pvid: int) -> None:
+        value = self._guards.pack(port=port, pvid=pvid, flags=0)
+        self.maps["guards"].update(_U32.pack(LOOPBACK), value)
+
+    def clear(self) -> None:
+        self.maps["guards"].delete(_U32.pack(LOOPBACK))
+
+    def run(self, frame: bytes) -> Run:
+        before = self._counts()
+        result: RunResult = self._ns.call(lambda: self.program.test_run(frame))
+        after = self._counts()
+        moved = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+        return Run(result.verdict, result.frame, moved)
+
+    def _counts(self) -> Counts:
+        size = self._counters.size * possible_cpus()
+        raw = self.maps["port_counters"].read_first(MAX_PORTS, size)
+        rows = [self._counters.total(raw[at : at + size]) for at in range(0, len(raw), size)]
+        return {f"{port}.{name}": value for port, row in enumerate(rows) for name, value in flat(row)}
+
+
+def flat(counters: dict[str, Any]) -> Iterable[tuple[str, int]]:
+    """Counters of a ``Layout`` with dots in the names of the nested ones."""
+    for name, value in counters.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", number) for inner, number in value.items())
+        else:
+            yield name, value

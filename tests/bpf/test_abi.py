@@ -1,0 +1,157 @@
+"""What C and Python must agree on: layouts, constants, and where a key is in the filter table."""
+
+from __future__ import annotations
+
+import random
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from offload import classifier, plan
+from offload.classifier import BUCKET_BITS, KEY_BITS, unmix
+from offload.kernel import dataplane
+from offload.kernel.abi import Layout
+from offload.kernel.compile import compiled, sources
+from tests.bpf.loaded import DEFINES, MAX_PORTS, XDP_PASS, XDP_REDIRECT, Vmq, flat
+from tests.lab import WIRE_MAC, tag, test_frame
+
+DROPS = ["vlan_nic", "vlan_queue", "vlan_bridge"]
+REASONS = ["broadcast", "multicast", "no_filter", "malformed", "paused", "no_device", "no_cpu", "too_big"]
+
+
+def tallies(*names: str) -> list[str]:
+    return [f"{name}.{unit}" for name in names for unit in ("packets", "bytes")]
+
+
+LAYOUTS = {
+    "ports": ("=IHHIHH", ["cpu", "pvid", "flags", "ifindex", "max_len", "queue"]),
+    "guards": ("=IHH", ["port", "pvid", "flags"]),
+    "port_counters": ("=13Q", [*tallies("direct", "queued", "handed", "returned", "bridged"), *DROPS]),
+    "nic_counters": ("=20Q", tallies(*REASONS, "frags", "stacked")),
+}
+"""Map: its value as ``struct`` has it (no padding anywhere), and the fields in order."""
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_pinned(name: str, cache: Path) -> None:
+    """A change here is a change of what is pinned: the pin directory's version must change with it."""
+    spec = {
+        **compiled("guard.c", {"MAX_PORTS": MAX_PORTS}, cache).maps,
+        **compiled("vmq.c", DEFINES, cache).maps,
+    }[name]
+    pinned, fields = LAYOUTS[name]
+    layout = Layout(spec.value)
+    assert spec.value_size == layout.size == struct.calcsize(pinned)
+    raw = bytes(range(1, layout.size + 1))  # no two fields read alike
+    assert dict(flat(layout.read(raw))) == dict(zip(fields, struct.unpack(pinned, raw), strict=True))
+
+
+def test_a_bucket_is_half_a_cache_line(cache: Path) -> None:
+    spec = compiled("vmq.c", DEFINES, cache).maps["classifier"]
+    assert (spec.key_size, spec.value_size, spec.max_entries) == (4, 32, classifier.BUCKETS)
+
+
+def test_counters_of_both_programs_are_alike(cache: Path) -> None:
+    """``port_counters`` is one map that both C files declare."""
+    vmq = compiled("vmq.c", DEFINES, cache).maps["port_counters"]
+    assert compiled("guard.c", {"MAX_PORTS": MAX_PORTS}, cache).maps["port_counters"] == vmq
+
+
+def test_padding_is_refused() -> None:
+    hole = [
+        "row",
+        [["a", "unsigned char"], ["__pad_1", ["char", [3]]], ["b", "unsigned int"]],
+        "struct_packed",
+    ]
+    with pytest.raises(ValueError, match="padding"):
+        Layout(hole)
+
+
+CONSTANT = r"^#define (\w+)[ \t]+\(?(0x[0-9a-f]+|\d+)u?l*(?: << (\d+))?\)?[ \t]*(?:/\*.*)?$"
+
+
+def defined(header: str) -> dict[str, int]:
+    """The integer constants that a header of ours defines: numbers, and shifted numbers."""
+    found = re.findall(CONSTANT, (sources() / header).read_text(), re.MULTILINE)
+    return {name: int(number, 0) << int(shift or 0) for name, number, shift in found}
+
+
+def test_port_flags_are_the_same() -> None:
+    assert {name: value for name, value in defined("abi.h").items() if name.startswith("PORT_")} == {
+        "PORT_RUNNING": plan.RUNNING,
+        "PORT_TRUNK": plan.TRUNK,
+        "PORT_NO_FRAGS": plan.NO_FRAGS,
+        "PORT_FRAGS_POSSIBLE": plan.FRAGS_POSSIBLE,
+    }
+
+
+def test_cpu_of_nic_is_the_same() -> None:
+    assert defined("abi.h")["CPU_OF_NIC"] == dataplane.CPU_OF_NIC
+
+
+@pytest.mark.parametrize(
+    "name", ["BUCKET_BITS", "BUCKET_SLOTS", "VALUE_BITS", "KEY_BITS", "MIX_FACTOR", "MIX_SHIFT", "FOLD_SHIFT"]
+)
+def test_the_table_s_constants_are_the_same(name: str) -> None:
+    ours = vars(classifier)
+    assert defined("classifier.h")[name] == ours.get(name, ours.get(f"_{name}"))
+
+
+def test_every_port_id_fits_a_slot() -> None:
+    assert dataplane.MAX_PORTS < 1 << classifier.VALUE_BITS
+
+
+def random_filters(rng: random.Random, count: int) -> dict[tuple[bytes, int], int]:
+    """Unicast MACs and VIDs, and the port of each."""
+    return {
+        (bytes([rng.getrandbits(8) & 0xFE]) + rng.randbytes(5), rng.randrange(1, 4095)): rng.randrange(
+            MAX_PORTS
+        )
+        for _ in range(count)
+    }
+
+
+def test_c_finds_what_python_wrote(vmq: Vmq) -> None:
+    """Thousands of random keys in a table that is half full, and as many that are not in it."""
+    rng = random.Random(7)
+    for _ in range(50_000):
+        vmq.classifier.set(unmix(rng.getrandbits(KEY_BITS)), MAX_PORTS)  # no such port
+    for port_id in range(MAX_PORTS):
+        vmq.set_port(port_id, flags=plan.RUNNING | plan.TRUNK)
+    present = random_filters(rng, 2_000)
+    for (mac, vid), port_id in present.items():
+        vmq.set_filter(mac.hex(":"), vid, port_id)
+    absent = [key for key in random_filters(rng, 2_000) if key not in present]
+
+    def verdicts(keys: list[tuple[bytes, int]]) -> list[int]:
+        frames = [test_frame(mac.hex(":"), WIRE_MAC, tags=tag(vid)) for mac, vid in keys]
+        return vmq.on_cpu(lambda: [vmq.uplink.test_run(frame).verdict for frame in frames])
+
+    before = vmq.counts()
+    assert set(verdicts(list(present))) == {XDP_REDIRECT}
+    assert set(verdicts(absent)) == {XDP_PASS}
+    after = vmq.counts()
+    for port_id in range(MAX_PORTS):
+        wanted = sum(1 for found in present.values() if found == port_id)
+        assert after[f"{port_id}.direct.packets"] == wanted
+    assert after["nic.no_filter.packets"] - before["nic.no_filter.packets"] == len(absent)
+
+
+@pytest.mark.parametrize("slot", range(classifier.BUCKET_SLOTS))
+@pytest.mark.parametrize("choice", [0, 1], ids=["first bucket", "second bucket"])
+def test_c_looks_at_every_slot(vmq: Vmq, slot: int, choice: int) -> None:
+    """A word put there by hand, beside words of other keys."""
+    vmq.set_port(5, flags=plan.RUNNING)
+    mac = "02:15:5d:00:00:01"
+    mixed = classifier.mix(classifier.filter_key(mac, 0))
+    remainder = mixed >> BUCKET_BITS
+    bucket = mixed & (1 << BUCKET_BITS) - 1
+    if choice:
+        bucket = (bucket ^ (remainder | 1)) & (1 << BUCKET_BITS) - 1
+    for index in range(classifier.BUCKET_SLOTS):
+        vmq.words[bucket * classifier.BUCKET_SLOTS + index] = (remainder + 1) << 19 | choice << 18 | 9
+    vmq.words[bucket * classifier.BUCKET_SLOTS + slot] = remainder << 19 | choice << 18 | 6
+    run = vmq.run(vmq.uplink, test_frame(mac, WIRE_MAC))
+    assert (run.verdict, run.moved) == (XDP_REDIRECT, {"5.direct.packets": 1, "5.direct.bytes": 60})

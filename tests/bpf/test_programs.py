@@ -1,0 +1,264 @@
+"""What the programs decide: a frame, the verdict, the frame afterwards, and the one counter that moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from offload.plan import FRAGS_POSSIBLE, NO_FRAGS, RUNNING, TRUNK
+from tests.bpf.loaded import (
+    TC_ACT_SHOT,
+    TC_ACT_UNSPEC,
+    XDP_DROP,
+    XDP_PASS,
+    XDP_REDIRECT,
+    Guard,
+    Run,
+    Vmq,
+)
+from tests.lab import TPID_8021AD, WIRE_MAC, Lab, tag, test_frame
+
+PASS, DROP, REDIRECT = XDP_PASS, XDP_DROP, XDP_REDIRECT
+
+UNTAGGED, ACCESS, TRUNKED, PAUSED, AWAY, NO_CPU, ELSEWHERE, HERE, TUN, JUMBO, SMALL, PLAIN_TRUNK = range(12)
+"""Ports; ``mac_of`` gives their MACs."""
+
+
+def mac_of(port: int) -> str:
+    return f"02:15:5d:00:00:{port:02x}"
+
+
+def to(port: int, tags: bytes = b"", size: int = 60) -> bytes:
+    return test_frame(mac_of(port), WIRE_MAC, tags=tags, size=size)
+
+
+def untagged(frame: bytes) -> bytes:
+    """The frame without the tag behind its MACs."""
+    return frame[:12] + frame[16:]
+
+
+@pytest.fixture
+def vmq(vmq: Vmq, cpus: tuple[int, int]) -> Vmq:
+    """The programs with one port of each kind. Scope: one test."""
+    here, elsewhere = cpus
+    vmq.serve(elsewhere)
+    for port, vids, fields in [
+        (UNTAGGED, [0], {}),
+        (ACCESS, [10], {"pvid": 10}),
+        (TRUNKED, [1, 10, 20], {"pvid": 1, "flags": RUNNING | TRUNK}),
+        (PLAIN_TRUNK, [0, 10], {"flags": RUNNING | TRUNK}),
+        (PAUSED, [0], {"flags": 0}),
+        (AWAY, [0], {"ifindex": 0}),
+        (NO_CPU, [0], {"cpu": 100_000}),
+        (ELSEWHERE, [0], {"cpu": elsewhere}),
+        (HERE, [0], {"cpu": here}),
+        (TUN, [0], {"flags": RUNNING | NO_FRAGS | FRAGS_POSSIBLE, "max_len": 9014}),
+        (JUMBO, [0], {"flags": RUNNING | FRAGS_POSSIBLE, "max_len": 9014}),
+        (SMALL, [0], {"max_len": 100}),
+    ]:
+        vmq.set_port(port, **({"flags": RUNNING} | fields))
+        for vid in vids:
+            vmq.set_filter(mac_of(port), vid, port)
+    return vmq
+
+
+@dataclass(frozen=True)
+class Case:
+    """``counted`` is the counter that moves; ``after`` the frame afterwards, None for as it came.
+
+    ``on_queue`` is the counter when the queue program gets the frame, and ``on_queue_verdict`` its
+    verdict, where they are not those of the uplink program.
+    """
+
+    name: str
+    frame: bytes
+    verdict: int
+    counted: str
+    after: bytes | None = None
+    on_queue: str | None = None
+    on_queue_verdict: int | None = None
+
+
+def delivered(name: str, port: int, frame: bytes, after: bytes | None = None) -> Case:
+    return Case(name, frame, REDIRECT, f"{port}.direct", after, on_queue=f"{port}.handed")
+
+
+def bridged(name: str, frame: bytes, reason: str) -> Case:
+    """To the bridge for a reason that has nothing to do with a port."""
+    return Case(name, frame, PASS, f"nic.{reason}")
+
+
+def returned(name: str, port: int, frame: bytes, reason: str) -> Case:
+    """To the bridge although there is a port for it."""
+    return Case(name, frame, PASS, f"nic.{reason}", on_queue=f"{port}.returned")
+
+
+def dropped(name: str, port: int, frame: bytes) -> Case:
+    return Case(name, frame, DROP, f"{port}.vlan_nic", on_queue=f"{port}.vlan_queue")
+
+
+Q, AD = tag(10), tag(10, tpid=TPID_8021AD)
+
+CASES = [
+    delivered("untagged port, untagged frame", UNTAGGED, to(UNTAGGED)),
+    delivered("untagged port, VID 0", UNTAGGED, to(UNTAGGED, tag(0)), to(UNTAGGED)),
+    delivered("untagged port, VID 0 with PCP and DEI", UNTAGGED, to(UNTAGGED, tag(0, 7, 1)), to(UNTAGGED)),
+    bridged("untagged port, VID 1", to(UNTAGGED, tag(1)), "no_filter"),
+    bridged("untagged port, VID 10", to(UNTAGGED, Q), "no_filter"),
+    bridged("untagged port, VID 4095", to(UNTAGGED, tag(4095)), "no_filter"),
+    dropped("untagged port, two tags", UNTAGGED, to(UNTAGGED, Q + tag(20))),
+    dropped("untagged port, VID 0 twice", UNTAGGED, to(UNTAGGED, tag(0) + tag(0))),
+    dropped("untagged port, VID 0 over VID 10", UNTAGGED, to(UNTAGGED, tag(0) + Q)),
+    dropped("untagged port, 802.1ad", UNTAGGED, to(UNTAGGED, AD)),
+    dropped("untagged port, 802.1ad with VID 0", UNTAGGED, to(UNTAGGED, tag(0, tpid=TPID_8021AD))),
+    dropped("untagged port, 802.1ad in 802.1Q", UNTAGGED, to(UNTAGGED, tag(0) + AD)),
+    delivered("access port, its VID", ACCESS, to(ACCESS, Q), to(ACCESS)),
+    delivered("access port, its VID with PCP and DEI", ACCESS, to(ACCESS, tag(10, 5, 1)), to(ACCESS)),
+    bridged("access port, another VID", to(ACCESS, tag(20)), "no_filter"),
+    bridged("access port, untagged", to(ACCESS), "no_filter"),
+    bridged("access port, VID 0", to(ACCESS, tag(0)), "no_filter"),
+    dropped("access port, 802.1ad with its VID", ACCESS, to(ACCESS, AD)),
+    dropped("access port, its VID over another tag", ACCESS, to(ACCESS, Q + tag(20))),
+    delivered("trunk, a VID of it keeps its tag", TRUNKED, to(TRUNKED, tag(10, 5, 1))),
+    delivered("trunk, another VID of it", TRUNKED, to(TRUNKED, tag(20))),
+    delivered("trunk, the native VID", TRUNKED, to(TRUNKED, tag(1)), to(TRUNKED)),
+    delivered("trunk, two tags are the guest's business", TRUNKED, to(TRUNKED, Q + tag(30))),
+    bridged("trunk, a VID that is not of it", to(TRUNKED, tag(30)), "no_filter"),
+    bridged("trunk, untagged", to(TRUNKED), "no_filter"),
+    returned("trunk, 802.1ad", TRUNKED, to(TRUNKED, AD), "stacked"),
+    delivered("untagged trunk, VID 0", PLAIN_TRUNK, to(PLAIN_TRUNK, tag(0)), to(PLAIN_TRUNK)),
+    bridged("broadcast", test_frame("ff:ff:ff:ff:ff:ff", WIRE_MAC), "broadcast"),
+    bridged("broadcast, tagged twice", test_frame("ff:ff:ff:ff:ff:ff", WIRE_MAC, tags=Q + Q), "broadcast"),
+    bridged("multicast", test_frame("01:00:5e:00:00:01", WIRE_MAC), "multicast"),
+    bridged("nobody's MAC", to(200), "no_filter"),
+    bridged("nobody's MAC, 802.1ad", to(200, AD), "no_filter"),
+    bridged("ends in its tag", to(UNTAGGED, tag(0))[:16], "malformed"),
+    returned("paused port", PAUSED, to(PAUSED), "paused"),
+    returned("no device", AWAY, to(AWAY), "no_device"),
+    returned("no device, VID 0 stays", AWAY, to(AWAY, tag(0)), "no_device"),
+    returned("too long", SMALL, to(SMALL, size=101), "too_big"),
+    returned("too long with a tag", SMALL, to(SMALL, tag(0), size=101), "too_big"),
+    delivered("as long as it may be", SMALL, to(SMALL, size=100)),
+    delivered("as long as it may be, and a tag", SMALL, to(SMALL, tag(0), size=100), to(SMALL, size=100)),
+    returned("several buffers to a tap", TUN, to(TUN, size=5000), "frags"),
+    delivered("one buffer to a tap", TUN, to(TUN, size=3000)),
+    delivered("several buffers", JUMBO, to(JUMBO, size=5000)),
+    delivered("several buffers, VID 0", JUMBO, to(JUMBO, tag(0), size=5000), to(JUMBO, size=5000)),
+    returned("several buffers, too long", JUMBO, to(JUMBO, size=9015), "too_big"),
+    delivered("the queue's CPU is this one", HERE, to(HERE)),
+    Case(
+        "the queue's CPU is not set up",
+        to(NO_CPU),
+        PASS,
+        "nic.no_cpu",
+        on_queue=f"{NO_CPU}.handed",
+        on_queue_verdict=REDIRECT,
+    ),
+    Case(
+        "to the queue's CPU",
+        to(ELSEWHERE),
+        REDIRECT,
+        f"{ELSEWHERE}.queued",
+        on_queue=f"{ELSEWHERE}.handed",
+    ),
+]
+
+
+def expected(counter: str, frame: bytes) -> dict[str, int]:
+    """The counters that move when ``counter`` counts ``frame``."""
+    if ".vlan_" in counter:
+        return {counter: 1}
+    return {f"{counter}.packets": 1, f"{counter}.bytes": len(frame)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_uplink(vmq: Vmq, case: Case) -> None:
+    """On the NIC's CPU."""
+    after = case.frame if case.after is None else case.after
+    assert vmq.run(vmq.uplink, case.frame) == Run(case.verdict, after, expected(case.counted, case.frame))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_queue(vmq: Vmq, case: Case) -> None:
+    """On the queue's CPU: the same answers, and counters of its own."""
+    verdict = case.verdict if case.on_queue_verdict is None else case.on_queue_verdict
+    after = case.frame if case.after is None else case.after
+    counted = expected(case.on_queue or case.counted, case.frame)
+    assert vmq.run(vmq.twin, case.frame) == Run(verdict, after, counted)
+
+
+def test_the_tag_stays_on_until_the_queue_s_cpu(vmq: Vmq) -> None:
+    """So that the frame can still go to the bridge as it came."""
+    frame = to(ELSEWHERE, tag(0))
+    assert vmq.run(vmq.uplink, frame).frame == frame
+    assert vmq.run(vmq.twin, frame).frame == untagged(frame)
+
+
+def test_a_filter_that_went_while_the_frame_waited(vmq: Vmq) -> None:
+    frame = to(ELSEWHERE)
+    assert vmq.run(vmq.uplink, frame).verdict == REDIRECT
+    vmq.set_filter(mac_of(ELSEWHERE), 0, UNTAGGED)
+    assert vmq.run(vmq.twin, frame).moved == expected(f"{UNTAGGED}.handed", frame)
+
+
+def test_empty_tables_send_everything_to_the_bridge(one_lab: Lab, cache: Path, cpus: tuple[int, int]) -> None:
+    frame = to(UNTAGGED)
+    with Vmq(one_lab.host, cache, cpus[0]) as empty:
+        assert empty.run(empty.uplink, frame) == Run(PASS, frame, expected("nic.no_filter", frame))
+
+
+@dataclass(frozen=True)
+class GuardCase:
+    """``pvid`` None: the device is nobody's. ``after`` None: as it came; what is dropped has no after."""
+
+    name: str
+    pvid: int | None
+    frame: bytes
+    admitted: bool
+    after: bytes | None = None
+
+
+FRAME = test_frame(mac_of(0), WIRE_MAC)
+MULTICAST = test_frame("01:00:5e:00:00:01", WIRE_MAC)
+
+
+def with_tags(tags: bytes) -> bytes:
+    return test_frame(mac_of(0), WIRE_MAC, tags=tags)
+
+
+GUARD_CASES = [
+    GuardCase("nobody's device", None, with_tags(AD + Q), True),
+    GuardCase("untagged port, untagged", 0, FRAME, True),
+    GuardCase("untagged port, multicast", 0, MULTICAST, True),
+    GuardCase("untagged port, VID 0", 0, with_tags(tag(0)), True, FRAME),
+    GuardCase("untagged port, VID 0 with PCP and DEI", 0, with_tags(tag(0, 7, 1)), True, FRAME),
+    GuardCase("untagged port, VID 1", 0, with_tags(tag(1)), False),
+    GuardCase("untagged port, VID 4095", 0, with_tags(tag(4095)), False),
+    GuardCase("untagged port, 802.1ad", 0, with_tags(AD), False),
+    GuardCase("untagged port, 802.1ad with VID 0", 0, with_tags(tag(0, tpid=TPID_8021AD)), False),
+    GuardCase("untagged port, VID 0 over VID 10", 0, with_tags(tag(0) + Q), False),
+    GuardCase("untagged port, VID 0 over 802.1ad", 0, with_tags(tag(0) + AD), False),
+    GuardCase("VLAN port, its VID", 10, with_tags(Q), True, FRAME),
+    GuardCase("VLAN port, its VID with PCP", 10, with_tags(tag(10, 7, 1)), True, FRAME),
+    GuardCase("VLAN port, untagged", 10, FRAME, False),
+    GuardCase("VLAN port, VID 0", 10, with_tags(tag(0)), False),
+    GuardCase("VLAN port, another VID", 10, with_tags(tag(20)), False),
+    GuardCase("VLAN port, 802.1ad with its VID", 10, with_tags(AD), False),
+    GuardCase("VLAN port, its VID over another tag", 10, with_tags(Q + tag(20)), False),
+]
+
+
+@pytest.mark.parametrize("case", GUARD_CASES, ids=lambda case: case.name)
+def test_guard(guard: Guard, case: GuardCase) -> None:
+    """The tag in the frame's bytes. ``test_dataplane.py`` has the tag beside the frame, by real traffic."""
+    if case.pvid is not None:
+        guard.set(port=3, pvid=case.pvid)
+    run = guard.run(case.frame)
+    if not case.admitted:
+        assert (run.verdict, run.moved) == (TC_ACT_SHOT, {"3.vlan_bridge": 1})
+        return
+    after = case.frame if case.after is None else case.after
+    moved = {} if case.pvid is None else expected("3.bridged", case.frame)
+    assert run == Run(TC_ACT_UNSPEC, after, moved)
