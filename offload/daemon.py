@@ -356,9 +356,11 @@ class Daemon:
     async def _adopt(self, text: str, source: str, files: Mapping[str, PortFile], dry_run: bool) -> Outcome:
         """Put a config in force, all of it or none; the caller holds the lock."""
         wanted = await asyncio.to_thread(understand, text, source, files, self._paths, keep_macs=not dry_run)
+        # Who changes one port has been told of the config's weak points when it was applied.
+        told = wanted.config if text != self._wanted.text else None
         if dry_run:
             planned = await self._on_kernel_thread(lambda: self._reconciler.plan(wanted.config))
-            return outcome(planned.changes, wanted.config)
+            return outcome(planned.changes, told)
         was_detached, self._detached = self._detached, False
         try:
             await self._move_metrics(wanted.config)
@@ -371,7 +373,7 @@ class Daemon:
         self._release_macs(wanted.config)
         self._wanted, self._result = wanted, result
         self._loaded, self._load_error = datetime.now(UTC), None
-        return outcome(result.changes, wanted.config)
+        return outcome(result.changes, told)
 
     def _release_macs(self, after: Config) -> None:
         """Give addresses of ports that are gone back to the range."""

@@ -183,7 +183,8 @@ class Link:
     ``kind`` is the rtnl link kind (``veth``, ``tun``, ``bridge``, ``bond`` …), ``None`` for
     hardware. ``mtu`` is in bytes without the Ethernet header. ``peer_ifindex`` is set for
     veth; ``peer_netnsid`` is ``None`` when the peer lives in the same namespace and -1 when
-    it lives in a namespace that has no id here. ``xdp_prog_id`` is 0 without a program.
+    it lives in a namespace that has no id here. ``lower_ifindex`` is the device below a VLAN or
+    macvlan device. ``xdp_prog_id`` is 0 without a program.
     ``learning`` and ``unicast_flood`` are ``None`` unless the device is a bridge port.
     """
 
@@ -202,6 +203,7 @@ class Link:
     tx_queues: int
     peer_ifindex: int | None = None
     peer_netnsid: int | None = None
+    lower_ifindex: int | None = None
     xdp_mode: str | None = None
     xdp_prog_id: int = 0
     learning: bool | None = None

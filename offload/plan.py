@@ -80,7 +80,7 @@ class Facts:
     peers: Mapping[str, str | None] = field(default_factory=dict)
     features: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
     managers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    addresses: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -214,10 +214,10 @@ def _obstacles(nic: str, link: Link, bridge: str, facts: Facts) -> Iterable[Offl
     if link.master_name is None:
         for manager in facts.managers.get(nic, ()):
             yield ForeignError(manager)
-        if addresses := facts.addresses.get(nic):
+        for device, address in facts.addresses.get(nic, ())[:1]:
             yield ForeignError(
-                f"{nic} carries the host's address {addresses[0]}, which a bridge would cut off: "
-                f"move it to another NIC, or `ip addr del {addresses[0]} dev {nic}`"
+                f"{nic} carries the host's address {address} (on {device}), which a bridge would cut off: "
+                f"move it to another NIC, or `ip addr del {address} dev {device}`"
             )
     stuck = [feature for feature, can_change in facts.features.get(nic, {}).items() if not can_change]
     if stuck:
@@ -324,7 +324,8 @@ def _port(
             AdminUp(*at): _up(present, port.switch),
         }
         state |= {Fdb(*at, mac): True for mac in port.mac}
-        if present.master_name == port.switch and not (present.up and present.running):
+        taken = present.master_name == port.switch
+        if (taken and not present.up) or (present.up and not present.running):
             status = "paused"
             reason = (
                 f"{present.name} is down" if not present.up else f"the other end of {present.name} is down"

@@ -91,6 +91,7 @@ class Reconciler:
         made: list[Change] = []
         for _ in range(_ROUNDS):
             facts, desired, changes = self._compare(config, detached, left_out)
+            self._forget_gone(facts)
             if strict and desired.refusals:
                 self._undo(made)
                 _raise_first(desired.refusals)
@@ -118,6 +119,7 @@ class Reconciler:
         """Take the fast path out, or all that is ours. ``config`` only says which devices to look at."""
         originals = self._journal.originals()
         facts = self._kernel.facts(config, originals, detached=True)
+        self._forget_gone(facts)
         observed = self._kernel.observe(facts, {}, originals)
         wanted: State = {} if everything else without_fast_path(observed)
         changes = difference(observed, wanted, originals)
@@ -132,16 +134,18 @@ class Reconciler:
     ) -> tuple[Facts, Desired, tuple[Change, ...]]:
         originals = self._journal.originals()
         facts = self._kernel.facts(config, originals, detached=detached, failed=failed)
-        live = {link.ifindex for link in facts.links.values()}
-        self._journal.forget(
-            resource
-            for resource in originals
-            if isinstance(resource, DeviceResource) and resource.ifindex not in live
-        )
-        originals = self._journal.originals()
         desired = desire(config, facts)
         observed = self._kernel.observe(facts, desired.state, originals)
         return facts, desired, difference(observed, desired.state, originals)
+
+    def _forget_gone(self, facts: Facts) -> None:
+        """Nothing can be given back to a device that has gone, and its number may be another's one day."""
+        live = {link.ifindex for link in facts.links.values()}
+        self._journal.forget(
+            resource
+            for resource in self._journal.originals()
+            if isinstance(resource, DeviceResource) and resource.ifindex not in live
+        )
 
     def _carry_out(self, changes: tuple[Change, ...], wanted: State) -> None:
         """Make the changes, or none of them. Settings of others are journalled before the first."""

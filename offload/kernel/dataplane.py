@@ -4,6 +4,7 @@ The kernel holds the state and the pins keep it; this module only opens, reads a
 it, so a restarted daemon, or ``offload detach`` without one, finds everything by
 looking. Below ``PIN_DIR/v1``::
 
+    netns                                              the network namespace that it is of
     maps/{ports,devices,port_counters,guards,names}    for all NICs
     nics/IFINDEX/{classifier,cpus,nic_counters}        per NIC
     nics/IFINDEX/{uplink_program,queue_program}        as attached
@@ -44,6 +45,7 @@ from .bpf import (
     possible_cpus,
 )
 from .compile import MapSpec, compiled
+from .service import claimed
 from .tc import attach_classic, classic_on, detach_classic
 
 MAX_PORTS = 16_384
@@ -116,15 +118,20 @@ class Dataplane:
         }
         self._possible_cpus = possible_cpus()
         self._guard_program: Program | None = None
+        self._claim = ExitStack()
 
     def __enter__(self) -> Self:
-        self.open()
+        with ExitStack() as claim:
+            claim.enter_context(claimed(self.pins, keep=self._keep))
+            self.open()
+            self._claim = claim.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        self._claim.close()
 
     # Opening and closing
 
@@ -156,7 +163,7 @@ class Dataplane:
 
     def close(self) -> None:
         if self._keep and self._maps and not self._nics and not self.ports() and not self.guards():
-            shutil.rmtree(self.pins)  # nothing uses them: a start was refused, or everything was taken out
+            self._remove_pins()  # nothing uses them: a start was refused, or everything was taken out
         for nic in self._nics.values():
             nic.close()
         for handle in self._maps.values():
@@ -485,6 +492,9 @@ class Dataplane:
     def remove_everything(self) -> None:
         """Remove every pin of ours. Call when nothing is attached any more."""
         self.close()
+        self._remove_pins()
+
+    def _remove_pins(self) -> None:
         shutil.rmtree(self.pins, ignore_errors=True)
         with suppress(OSError):  # somebody else keeps pins there too
             self.pins.parent.rmdir()

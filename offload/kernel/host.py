@@ -140,7 +140,7 @@ def bridges() -> tuple[Answer, Answer]:
     no_filtering = Answer(
         "no",
         "a bridge with vlan_filtering 1 cannot be made",
-        "boot a kernel with CONFIG_BRIDGE_VLAN_FILTERING=y to use `vlan:` on a switch with `bridge: kernel`",
+        "nothing for untagged ports; VLANs on `bridge: kernel` need CONFIG_BRIDGE_VLAN_FILTERING=y",
     )
     try:
         filtering = call_in(_THREAD_NETNS, _try_bridges)

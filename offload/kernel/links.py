@@ -377,7 +377,9 @@ def _link(body: bytes) -> Link:
     rx_packets, rx_bytes, rx_dropped, tx_dropped = counts
     xdp_mode, xdp_prog_id = _xdp(attributes(values.get(_IFLA["IFLA_XDP"], b"")))
     learning, unicast_flood = _port_flags(info)
-    peer_ifindex = peer_netnsid = None
+    peer_ifindex = peer_netnsid = lower_ifindex = None
+    if kind != "veth" and _IFLA["IFLA_LINK"] in values and _IFLA["IFLA_LINK_NETNSID"] not in values:
+        lower_ifindex = number(values[_IFLA["IFLA_LINK"]])
     if kind == "veth" and _IFLA["IFLA_LINK"] in values:
         peer_ifindex = number(values[_IFLA["IFLA_LINK"]])
         if _IFLA["IFLA_LINK_NETNSID"] in values:
@@ -398,6 +400,7 @@ def _link(body: bytes) -> Link:
         tx_queues=number(values[_IFLA["IFLA_NUM_TX_QUEUES"]]),
         peer_ifindex=peer_ifindex,
         peer_netnsid=peer_netnsid,
+        lower_ifindex=lower_ifindex,
         xdp_mode=xdp_mode,
         xdp_prog_id=xdp_prog_id,
         learning=learning,

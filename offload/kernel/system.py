@@ -126,7 +126,7 @@ class System:
             },
             features={nic: self._tag_features(links[nic], originals) for nic in uplinks if nic},
             managers={nic: _managers(links[nic]) for nic in new},
-            addresses={nic: tuple(self.links.global_addresses(links[nic].ifindex)) for nic in new},
+            addresses={nic: self._addresses(links[nic], links) for nic in new},
             failed=failed or {},
         )
 
@@ -137,6 +137,13 @@ class System:
             for name, link in links.items()
             if link.kind == "bridge"
             and (link.alias == self.alias or (link.alias is None and Bridge(name) in originals))
+        )
+
+    def _addresses(self, nic: Link, links: Mapping[str, Link]) -> tuple[tuple[str, str], ...]:
+        """Device and address of all that the host has on a NIC, or on a VLAN or macvlan over it."""
+        over = [link for link in links.values() if nic.ifindex in (link.ifindex, link.lower_ifindex)]
+        return tuple(
+            (link.name, found) for link in over for found in self.links.global_addresses(link.ifindex)
         )
 
     def _peer_trouble(self, link: Link) -> str | None:

@@ -302,9 +302,9 @@ def test_a_veth_uplink_shows_its_tags() -> None:
             id="nm",
         ),
         pytest.param(
-            facts(addresses={"eth1": ("192.0.2.1/24",)}),
+            facts(addresses={"eth1": (("eth1.10", "192.0.2.1/24"),)}),
             ForeignError,
-            "ip addr del 192.0.2.1/24 dev eth1",
+            "ip addr del 192.0.2.1/24 dev eth1.10",
             id="address",
         ),
         pytest.param(
