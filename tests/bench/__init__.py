@@ -1,0 +1,1 @@
+"""Benchmarks: figures to compare with each other, never to pass or fail by. They need root."""
