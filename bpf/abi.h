@@ -32,7 +32,7 @@ struct port {
 	__u32 cpu;     /* the CPU that serves the queue, or CPU_OF_NIC */
 	__u16 pvid;    /* frames of this VID are delivered without their tag; 0: an untagged port */
 	__u16 flags;   /* PORT_* */
-	__u32 ifindex; /* device the frames are for; 0 when it is away (for people, not for the program) */
+	__u32 ifindex; /* device the frames are for; 0 when it is away */
 	__u16 max_len; /* longest frame the device takes, in bytes, Ethernet header included, FCS not */
 	__u16 queue;   /* the operator's number for the queue; 0: none */
 };

@@ -135,7 +135,7 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 		return XDP_DROP;
 	}
 
-	reason = ROW(paused);
+	reason = port->ifindex ? ROW(paused) : ROW(no_device);
 	if (!(port->flags & PORT_RUNNING))
 		goto bridge;
 	reason = ROW(stacked);

@@ -223,8 +223,10 @@ async def _refused(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OffloadError)
     status = next(status for kind, status in _HTTP_STATUS if isinstance(error, kind))
     problems = error.problems if isinstance(error, ConfigError) else ()
+    # Clients know the classes of errors.py; a narrower one is of no use to them.
+    known = next(kind for kind in type(error).__mro__ if kind.__module__ == OffloadError.__module__)
     body = ProblemBody(
-        error=type(error).__name__,
+        error=known.__name__,
         message=str(error),
         exit_code=error.exit_code,
         source=error.source if isinstance(error, ConfigError) else None,

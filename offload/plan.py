@@ -436,6 +436,7 @@ SETTINGS = (Master, AdminUp, Promiscuous, Feature, PeerFeature, Ipv6Disabled)
 def difference(observed: State, desired: State, originals: State) -> tuple[Change, ...]:
     """The steps from ``observed`` to ``desired``: first everything that goes, then everything that comes.
 
+    Ports stop before anything else, and CPUs that no queue needs any more are released last.
     What is no longer desired is removed if it is ours, and given its original value if it
     is a setting of somebody's device.
     """
@@ -453,7 +454,40 @@ def difference(observed: State, desired: State, originals: State) -> tuple[Chang
             unset.append(Change(resource, value, after))
     unset.sort(key=lambda change: -_ORDER.index(type(change.resource)))
     put.sort(key=lambda change: _ORDER.index(type(change.resource)))
-    return (*unset, *put)
+    detached = {change.resource.ifindex for change in unset if isinstance(change.resource, Uplink)}
+    idle = [
+        change
+        for change in unset
+        if isinstance(change.resource, QueueCpu) and change.resource.ifindex not in detached
+    ]
+    stops = [stop for change in (*unset, *put) if (stop := _stop(change))]
+    unset = [_after_stop(change) for change in unset if change not in idle]
+    put = [_after_stop(change) for change in put]
+    return tuple(change for change in (*stops, *unset, *put, *idle) if change.before != change.after)
+
+
+def _stop(change: Change) -> Change | None:
+    """The step that sends a port's frames to the bridge, where it is not to run as it did.
+
+    That comes before its filters go, so that frames on their way still find whose they are.
+    """
+    if not isinstance(change.resource, PortSlot) or not isinstance(change.before, tuple):
+        return None
+    before = PortRecord.of(change.before)
+    after = PortRecord.of(change.after) if isinstance(change.after, tuple) else None
+    if not before.flags & RUNNING or (after and after.flags & RUNNING):
+        return None
+    return Change(change.resource, change.before, _stopped(before).as_value())
+
+
+def _after_stop(change: Change) -> Change:
+    """What is left of a change when ``_stop`` of it is done."""
+    stop = _stop(change)
+    return replace(change, before=stop.after) if stop else change
+
+
+def _stopped(record: PortRecord) -> PortRecord:
+    return replace(record, flags=record.flags & ~RUNNING)
 
 
 def without_fast_path(observed: State) -> dict[Resource, Value]:
@@ -464,6 +498,5 @@ def without_fast_path(observed: State) -> dict[Resource, Value]:
     }
     for resource, value in observed.items():
         if isinstance(resource, PortSlot) and isinstance(value, tuple):
-            record = PortRecord.of(value)
-            state[resource] = replace(record, flags=record.flags & ~RUNNING).as_value()
+            state[resource] = _stopped(PortRecord.of(value)).as_value()
     return state

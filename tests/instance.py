@@ -6,6 +6,7 @@ Compiled programs are shared between instances of one test run, so that only the
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from offload.client import Client
+from offload.kernel.bpf import Map, possible_cpus
+from offload.kernel.dataplane import Dataplane
 from offload.paths import Paths
 from tests.lab import Lab, Namespace, Vm, wait_until
 
@@ -92,9 +96,13 @@ class Instance:
         return self
 
     def ready(self) -> bool:
-        """Whether somebody answers: the socket of a daemon that was killed is still there."""
-        with socket.socket(socket.AF_UNIX) as client:
-            return client.connect_ex(str(self.paths.socket)) == 0
+        """Whether somebody answers. The socket is there before that, and after a daemon was killed."""
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+            client.settimeout(1)
+            client.connect(str(self.paths.socket))
+            client.sendall(b"GET /openapi.json HTTP/1.0\r\n\r\n")
+            return bool(client.recv(1))
+        return False
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End the daemon; what it set up stays. Returns its exit code."""
@@ -116,18 +124,36 @@ class Instance:
         return json.loads(self.cli(*arguments, "--json").stdout)
 
     def port(self, name: str) -> dict[str, Any]:
-        """One entry of ``offload ports --json``."""
-        found: dict[str, Any] = next(port for port in self.json("ports") if port["name"] == name)
-        return found
+        """One entry of what ``offload ports --json`` prints, asked for without starting a process."""
+        with Client(self.paths.socket) as client:
+            return next(view for view in client.ports() if view.name == name).model_dump(mode="json")
 
     def wait_port(self, name: str, timeout: float = 10, **fields: object) -> dict[str, Any]:
         """Wait until a port shows these values; returns it."""
-        wait_until(
-            lambda: all(self.port(name)[key] == value for key, value in fields.items()),
-            f"port {name} shows {fields}",
-            timeout,
-        )
+
+        def shown() -> bool:
+            with Client(self.paths.socket) as client:
+                port = next(port for port in client.ports() if port.name == name)
+            return all(getattr(port, key) == value for key, value in fields.items())
+
+        wait_until(shown, f"port {name} shows {fields}", timeout)
         return self.port(name)
+
+    def per_cpu(self, name: str) -> list[dict[str, Any]]:
+        """A port's row of ``port_counters`` on every CPU, as the programs wrote it (``bpf/abi.h``)."""
+
+        def read() -> list[dict[str, Any]]:
+            with (
+                Dataplane(self.paths.objects, self.paths.cache, keep=False) as plane,
+                Map.pinned(self.paths.objects / "maps" / "port_counters") as counters,
+            ):
+                row = next(number for number, record in plane.ports().items() if record.name == name)
+                layout = plane.layouts["port_counters"]
+                raw = counters.lookup(row.to_bytes(4, sys.byteorder), layout.size * possible_cpus())
+            assert raw is not None
+            return [layout.read(raw[at : at + layout.size]) for at in range(0, len(raw), layout.size)]
+
+        return self.host.call(read)
 
     def rss(self) -> int:
         """Resident memory of the daemon in bytes."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..plan import Desired
+from ..plan import RING_SIZE, Desired
 from ..report import Reading
 from .system import System
 
-_UNDER_WAY = 0.05
-"""Seconds after which a frame that was sent to a queue's CPU has been dealt with, or lost.
-
-A full ring of 4,096 frames takes a queue's CPU a few milliseconds.
-"""
+_PATIENCE = 0.05
+"""Seconds to wait for the queues' CPUs to be done with what was sent to them."""
 
 
 class Meter:
@@ -25,22 +23,26 @@ class Meter:
         self._lost: dict[tuple[int, str], int] = {}
 
     def read(self, desired: Desired) -> Reading:
-        """The counters now. Takes 50 ms longer while frames are on their way between CPUs.
+        """The counters now. Takes up to 50 ms longer while frames are on their way between CPUs.
 
-        A cpumap's ring tells nobody when it is full. What was sent to it, less what came
-        out of it a moment later, is what it lost.
+        A cpumap's ring tells nobody when it is full. What was sent to it, less what has come out
+        once its thread slept (which it does only over an empty ring), is what it lost. While a
+        thread does not sleep, a ring's worth of the difference may still be waiting.
         """
         plane = self._system.dataplane
         names = {decision.port_id: decision.name for decision in desired.ports.values()}
         count = max(names, default=-1) + 1
         first = plane.port_counters(count)
-        if any(_missing(row, row) > 0 for row in first):
-            time.sleep(_UNDER_WAY)
+        known = {port_id: self._lost.get((port_id, name), 0) for port_id, name in names.items()}
+        waiting = 0
+        if any(_missing(first[port_id], first[port_id]) > lost for port_id, lost in known.items()):
+            waiting = 0 if _all_slept(plane.queue_map_ids()) else RING_SIZE
         second = plane.port_counters(count)
-        lost = {}
-        for port_id, name in names.items():
-            found = max(self._lost.get((port_id, name), 0), _missing(first[port_id], second[port_id]))
-            self._lost[port_id, name] = lost[port_id] = found
+        lost = {
+            port_id: max(known[port_id], _missing(first[port_id], second[port_id]) - waiting)
+            for port_id in names
+        }
+        self._lost = {(port_id, name): lost[port_id] for port_id, name in names.items()}
         links = self._system.links.snapshot()
         uplinks = {name: link.ifindex for name, link in links.items() if link.ifindex in plane.uplinks()}
         return Reading(
@@ -57,3 +59,38 @@ class Meter:
 def _missing(sent: Mapping[str, Any], received: Mapping[str, Any]) -> int:
     came_out = received["handed"]["packets"] + received["returned"]["packets"] + received["vlan_queue"]
     return int(sent["queued"]["packets"] - came_out)
+
+
+def _all_slept(map_ids: set[int]) -> bool:
+    """Whether each thread of these cpumaps is seen asleep at some time from now on, within ``_PATIENCE``.
+
+    Each entry of a cpumap has a kernel thread, ``cpumap/CPU/map:ID`` (kernel/bpf/cpumap.c). Where
+    they cannot be seen, as in a container, nothing is known of them: then the answer is no.
+    """
+    threads = {path for path in Path("/proc").glob("[0-9]*") if _map_of(path) in map_ids}
+    if not threads:
+        return False
+    end = time.monotonic() + _PATIENCE
+    while True:
+        threads = {path for path in threads if not _sleeps(path)}
+        if not threads:
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(_PATIENCE / 20)
+
+
+def _map_of(process: Path) -> int | None:
+    try:
+        name = (process / "comm").read_text()
+    except OSError:  # it has ended
+        return None
+    return int(name.rpartition(":")[2]) if name.startswith("cpumap/") else None
+
+
+def _sleeps(process: Path) -> bool:
+    try:
+        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True  # it has ended, and emptied its ring before
+    return state == "S"

@@ -307,6 +307,10 @@ class Dataplane:
                 found[cpu] = _DEVICE.unpack(value)[0]
         return found
 
+    def queue_map_ids(self) -> set[int]:
+        """Kernel ids of the maps that send frames to queue CPUs."""
+        return {nic.maps["cpus"].id() for nic in self._nics.values()}
+
     def set_queue_cpu(self, ifindex: int, cpu: int, size: int | None) -> None:
         """Start or stop a CPU's service; ``size`` is its ring in frames (at most 16,384)."""
         nic = self._nics[ifindex]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -39,12 +40,15 @@ from ..model import (
     Value,
 )
 from ..paths import Paths
-from ..plan import TAG_IN_FRAME, Facts
+from ..plan import RUNNING, TAG_IN_FRAME, Facts
 from . import host
 from .dataplane import Dataplane, grace_period
 from .ethtool import Ethtool, Peers
 from .links import LinkEvents, Links
 from .managers import managers
+
+_DRAIN = 0.02
+"""Seconds in which a queue's CPU is done with a full ring, unless it is kept from running."""
 
 
 class System:
@@ -60,6 +64,7 @@ class System:
         self.alias = f"offload:{paths.pin_dir}"
         self._stack = ExitStack()
         self._filters_left = False
+        self._stopped = False
 
     def __enter__(self) -> Self:
         if platform.machine() != "x86_64":
@@ -283,7 +288,12 @@ class System:
                     grace_period()  # a program may still hold a port id that its filter no longer gives
                     self._filters_left = False
                 plane.set_port(port_id, PortRecord.of(after) if isinstance(after, tuple) else None)
+                self._stopped |= _runs(change.before) and not _runs(after)
             case Filter(_, ifindex, mac, vid):
+                if self._stopped:
+                    # Frames that wait for a queue's CPU shall still find whose they are, to be counted.
+                    time.sleep(_DRAIN)
+                    self._stopped = False
                 plane.set_filter(ifindex, mac, vid, None if after is None else _int(after))
                 self._filters_left |= change.before is not None
             case _:
@@ -320,6 +330,10 @@ def _ifindex(name: str) -> int:
         return socket.if_nametoindex(name)
     except OSError as error:
         raise KernelError(f"there is no device {name} any more") from error
+
+
+def _runs(value: Value) -> bool:
+    return isinstance(value, tuple) and bool(PortRecord.of(value).flags & RUNNING)
 
 
 def _int(value: object) -> int:

@@ -418,10 +418,11 @@ def test_a_guard_stands_before_the_bridge_and_filters_come_last() -> None:
     ]
 
 
-def test_filters_go_first_and_the_guard_after_the_bridge() -> None:
+def test_a_port_stops_first_and_its_guard_goes_after_the_bridge() -> None:
     originals: dict[Resource, Value] = {Master("web1", 3): None, AdminUp("web1", 3): False}
-    order = kinds(difference(FULL, {}, originals))
-    assert order == [
+    changes = difference(FULL, {}, originals)
+    assert kinds(changes) == [
+        "PortSlot",
         "Filter",
         "PortSlot",
         "QueueCpu",
@@ -432,6 +433,34 @@ def test_filters_go_first_and_the_guard_after_the_bridge() -> None:
         "Guard",
         "Bridge",
     ]
+    stopped, gone = changes[0], changes[2]
+    assert stopped.after == PortRecord("web1", 1, 0, 0, 0, 1514, 3).as_value()
+    assert (gone.before, gone.after) == (stopped.after, None)
+
+
+def test_a_queue_is_taken_away_in_this_order() -> None:
+    """Stopped, so that waiting frames are counted as this port's; then unfiltered; then its CPU is free."""
+    slot, free = PortSlot(0), PortRecord("web1", 0, None, 0, 0, 1514, 3).as_value()
+    kept = {key: value for key, value in FULL.items() if not isinstance(key, Filter | QueueCpu)}
+    changes = difference(FULL, {**kept, slot: free}, {})
+    stopped = PortRecord("web1", 1, 0, 0, 0, 1514, 3).as_value()
+    assert changes == (
+        Change(slot, FULL[slot], stopped),
+        Change(Filter("eth1", 2, MAC, 0), 0, None),
+        Change(slot, stopped, free),
+        Change(QueueCpu("eth1", 2, 0), 4096, None),
+    )
+
+
+def test_a_queue_moves_before_its_old_cpu_is_released() -> None:
+    moved = PortRecord("web1", 1, 1, 0, RUNNING, 1514, 3).as_value()
+    kept = {key: value for key, value in FULL.items() if not isinstance(key, QueueCpu)}
+    changes = difference(FULL, {**kept, PortSlot(0): moved, QueueCpu("eth1", 2, 1): 4096}, {})
+    assert changes == (
+        Change(QueueCpu("eth1", 2, 1), None, 4096),
+        Change(PortSlot(0), FULL[PortSlot(0)], moved),
+        Change(QueueCpu("eth1", 2, 0), 4096, None),
+    )
 
 
 def test_what_goes_precedes_what_comes() -> None:
