@@ -35,8 +35,10 @@ import select
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
@@ -272,6 +274,11 @@ class _Collector(abc.ABC):
         self._frames.extend(self._read_ready())
         return list(self._frames)
 
+    def forget(self) -> None:
+        """Begin anew: what came so far was not."""
+        self.frames()
+        self._frames.clear()
+
     def matching(self, wanted: Callable[[bytes], bool]) -> list[bytes]:
         return [frame for frame in self.frames() if wanted(frame)]
 
@@ -378,6 +385,56 @@ class Tap(_Collector):
 
     def __str__(self) -> str:
         return f"tap {self.device}"
+
+
+class Stream:
+    """A context manager that sends ``test_frame``s from ``src`` to ``dst``, numbered from 0, till ``stop``.
+
+    ``rate`` is in frames per second, sent in bursts of 10 ms. ``cpu`` is the CPU that sends, and
+    with veth the CPU on which the other end receives.
+    """
+
+    def __init__(
+        self, ns: Namespace, device: str, dst: str, src: str = WIRE_MAC, rate: int = 4000, cpu: int = 0
+    ) -> None:
+        self._burst = max(1, rate // 100)
+        self._frames = (dst, src)
+        self._device = device
+        self._ending = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._cpu = cpu
+        self.sent = 0
+        self._done = self._pool.submit(ns.call, self._run)
+
+    def _run(self) -> None:
+        os.sched_setaffinity(0, {self._cpu})
+        dst, src = self._frames
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+            sender.bind((self._device, 0))
+            while not self._ending.wait(0.01):
+                for _ in range(self._burst):
+                    _send_one(sender, test_frame(dst, src, self.sent))
+                    self.sent += 1
+
+    def stop(self) -> int:
+        """End it, if it runs; returns how many frames were sent. Raises what sending raised."""
+        self._ending.set()
+        self._done.result()
+        self._pool.shutdown()
+        return self.sent
+
+    def run_on(self, frames: int) -> None:
+        """Return when this many frames more were sent."""
+        goal = self.sent + frames
+        wait_until(lambda: self._done.done() or self.sent >= goal, f"{frames} frames more are sent")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
 
 def mac_bytes(mac: str) -> bytes:
