@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what is missing, then runs the static checks and every test tier.
 #   sudo deploy/test.sh [--fast] [pytest arguments]
-# --fast leaves out the tests marked slow: those that boot a kernel or take more than a minute.
+# --fast leaves out the files marked slow: those that take more than half a minute.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -57,27 +57,42 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Wanted:
-    """A config as it came, and as it is meant: with the ports of files, and every MAC known."""
+    """A config as it came, and as it is meant: with the ports of files, and every MAC known.
+
+    ``asked`` still says ``auto`` where a MAC is drawn from the range.
+    """
 
     text: str
     source: str
     files: Mapping[str, PortFile]
+    asked: Config
     config: Config
 
+    @property
+    def automatic(self) -> set[str]:
+        """The ports that have their MAC from the range."""
+        return {name for name, port in self.asked.ports.items() if port.mac == "auto"}
 
-def understand(
-    text: str, source: str, files: Mapping[str, PortFile], paths: Paths, *, keep_macs: bool
-) -> Wanted:
-    """Read a config. Raises ``ConfigError`` or ``UnsupportedError`` with everything that is wrong."""
+
+def understand(text: str, source: str, files: Mapping[str, PortFile], paths: Paths) -> Wanted:
+    """Read a config. Raises ``ConfigError`` or ``UnsupportedError`` with everything that is wrong.
+
+    What it draws from the range of MACs is written down when the config is in force.
+    """
     base = parse(text, source)
-    config = merge_ports(base, {name: file.port for name, file in files.items()}, source)
-    require_supported(config, source)
-    if config.mac_range:
-        allocator = MacAllocator(paths.state_dir / "macs.json", config.mac_range.first, config.mac_range.last)
-        config = resolve_auto(config, allocator, keep=keep_macs)
-    return Wanted(
-        text, source, {name: file for name, file in files.items() if name not in base.ports}, config
-    )
+    asked = merge_ports(base, {name: file.port for name, file in files.items()}, source)
+    require_supported(asked, source)
+    allocator = _macs(asked, paths)
+    config = resolve_auto(asked, allocator, keep=False) if allocator else asked
+    own = {name: file for name, file in files.items() if name not in base.ports}
+    return Wanted(text, source, own, asked, config)
+
+
+def _macs(config: Config, paths: Paths) -> MacAllocator | None:
+    """Who draws from the config's range of MACs, if it has one."""
+    if config.mac_range is None:
+        return None
+    return MacAllocator(paths.state_dir / "macs.json", config.mac_range.first, config.mac_range.last)
 
 
 def read_config(file: Path) -> str:
@@ -110,9 +125,7 @@ def run(config_file: Path, paths: Paths) -> int:
     logging.basicConfig(level=logging.INFO, format=form)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with alone(paths.run_dir):
-        wanted = understand(
-            read_config(config_file), str(config_file), portfiles.load(paths), paths, keep_macs=True
-        )
+        wanted = understand(read_config(config_file), str(config_file), portfiles.load(paths), paths)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kernel") as thread:
             system = thread.submit(lambda: System(paths).__enter__()).result()
             try:
@@ -162,6 +175,7 @@ class Daemon:
             with self._system.events() as events:
                 loop.add_reader(events.fileno(), self._hear, events)
                 self._result = await self._reconcile(wanted.config, strict=True)
+                self._keep_macs(wanted)
                 self._wanted = wanted
                 self._ready = True
                 notify(f"READY=1\nSTATUS={len(wanted.config.ports)} ports")
@@ -355,7 +369,7 @@ class Daemon:
 
     async def _adopt(self, text: str, source: str, files: Mapping[str, PortFile], dry_run: bool) -> Outcome:
         """Put a config in force, all of it or none; the caller holds the lock."""
-        wanted = await asyncio.to_thread(understand, text, source, files, self._paths, keep_macs=not dry_run)
+        wanted = await asyncio.to_thread(understand, text, source, files, self._paths)
         # Who changes one port has been told of the config's weak points when it was applied.
         told = wanted.config if text != self._wanted.text else None
         if dry_run:
@@ -370,18 +384,15 @@ class Daemon:
             await self._move_metrics(self._wanted.config)
             raise
         portfiles.save(self._paths, self._wanted.files, wanted.files)
-        self._release_macs(wanted.config)
+        self._keep_macs(wanted, gone=self._wanted.automatic - wanted.automatic)
         self._wanted, self._result = wanted, result
         self._loaded, self._load_error = datetime.now(UTC), None
         return outcome(result.changes, told)
 
-    def _release_macs(self, after: Config) -> None:
-        """Give addresses of ports that are gone back to the range."""
-        gone = self._wanted.config.ports.keys() - after.ports.keys()
-        if after.mac_range and gone:
-            allocator = MacAllocator(
-                self._paths.state_dir / "macs.json", after.mac_range.first, after.mac_range.last
-            )
+    def _keep_macs(self, wanted: Wanted, gone: Collection[str] = ()) -> None:
+        """Write down what ``wanted`` drew from its range, and give back what ``gone`` ports had."""
+        if allocator := _macs(wanted.asked, self._paths):
+            resolve_auto(wanted.asked, allocator)
             for name in gone:
                 allocator.release(name)
 

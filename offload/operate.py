@@ -28,7 +28,7 @@ def plan(text: str | None, source: str, paths: Paths) -> Outcome:
         if file is None or not Path(file).is_file():
             raise UsageError("the daemon's config came from no file: name one, `offload plan FILE`")
         text, source = Path(file).read_text(), file
-    wanted = understand(text, source, portfiles.load(paths), paths, keep_macs=False)
+    wanted = understand(text, source, portfiles.load(paths), paths)
     with System(paths, keep=False) as system:
         reconciler = Reconciler(system, Journal(paths.journal, era()))
         return outcome(reconciler.plan(wanted.config).changes, wanted.config)

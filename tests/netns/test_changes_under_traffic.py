@@ -19,6 +19,8 @@ from offload.kernel.dataplane import Dataplane
 from tests.instance import Instance, config_of, vms_of
 from tests.lab import WIRE_MAC, Lab, Stream, Vm, seq_of, test_frame, wait_until
 
+pytestmark = pytest.mark.slow
+
 MAC = "02:15:5d:00:00:01"
 PLACES = {"other CPU": 1, "nic": "nic"}
 """Where the queues are served while the stream comes in on CPU 0."""
