@@ -89,7 +89,8 @@ class Reconciler:
         """
         left_out = dict(failed or {})
         made: list[Change] = []
-        for _ in range(_ROUNDS):
+        rounds = 0
+        while rounds < _ROUNDS:
             facts, desired, changes = self._compare(config, detached, left_out)
             self._forget_gone(facts)
             if strict and desired.refusals:
@@ -108,6 +109,7 @@ class Reconciler:
                 left_out[port] = str(step.cause)
             else:
                 made += changes
+                rounds += 1
         _, _, rest = self._compare(config, detached, left_out)
         if not rest:
             return Result(facts, desired, tuple(made), left_out)

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from offload.config import Config
+from offload.config import Config, parse
 from offload.errors import KernelError, OffloadError, VerifyError
 from offload.journal import Era, Journal
-from offload.model import AdminUp, Bridge, BridgePort, Change, Master, Promiscuous, Resource, State, Value
+from offload.model import (
+    AdminUp,
+    Bridge,
+    BridgePort,
+    Change,
+    Guard,
+    Master,
+    Promiscuous,
+    Resource,
+    State,
+    Value,
+)
 from offload.plan import Facts
 from offload.reconcile import Reconciler
-from tests.unit.test_plan import ETH1, FACTS, WEB1, config
+from tests.unit.test_plan import CONFIG, ETH1, FACTS, WEB1, config, link
 
 ERA = Era("boot", 1)
 
@@ -132,6 +145,28 @@ def test_a_failure_on_a_port_leaves_only_that_port_out(kernel: DictKernel, journ
     assert result.failed == {"web1": f"no {kernel.breaks}"}
     assert result.desired.ports["web1"].state == "failed"
     assert kernel.state[Master("eth1", 2)] == "ext0"
+
+
+def test_any_number_of_ports_may_be_left_out(journal: Journal) -> None:
+    names = [f"web{number}" for number in range(1, 8)]
+    links = {"eth1": ETH1, **{name: link(name, 2 + place, kind="tun") for place, name in enumerate(names, 1)}}
+
+    class NoGuards(DictKernel):
+        def facts(self, *arguments: Any, **options: Any) -> Facts:
+            return replace(super().facts(*arguments, **options), links=links)
+
+        def execute(self, change: Change) -> None:
+            if isinstance(change.resource, Guard):
+                raise KernelError("no")
+            super().execute(change)
+
+    ports = "\n".join(
+        f'  {name}: {{switch: ext0, device: {name}, mac: "02:15:5d:00:00:0{place}"}}'
+        for place, name in enumerate(names, 1)
+    )
+    many = parse(CONFIG.partition("ports:")[0] + "ports:\n" + ports)
+    result = Reconciler(NoGuards(), journal).apply(many, strict=False)
+    assert set(result.failed) == set(names)
 
 
 def test_the_same_failure_refuses_a_config_whole(kernel: DictKernel, journal: Journal) -> None:
