@@ -6,6 +6,7 @@ on a thread with an asyncio loop: pyroute2 brings its own.
 
 from __future__ import annotations
 
+import logging
 import platform
 import socket
 import time
@@ -46,6 +47,8 @@ from .dataplane import Dataplane, grace_period
 from .ethtool import Ethtool, Peers
 from .links import LinkEvents, Links
 from .managers import managers
+
+log = logging.getLogger(__name__)
 
 _DRAIN = 0.02
 """Seconds in which a queue's CPU is done with a full ring, unless it is kept from running."""
@@ -228,7 +231,15 @@ class System:
     # Changes
 
     def execute(self, change: Change) -> None:
-        """Make one change. A device that has gone meanwhile needs nothing unset."""
+        """Make one change. A device that has gone meanwhile needs none: the next look will tell."""
+        try:
+            self._execute(change)
+        except OffloadError:
+            if not isinstance(change.resource, DeviceResource) or _is_there(change.resource):
+                raise
+            log.info("%s has gone meanwhile", change.resource.device)
+
+    def _execute(self, change: Change) -> None:
         match change.resource:
             case Bridge(name):
                 if change.after:
@@ -251,7 +262,9 @@ class System:
             case Feature(device, _, feature):
                 self._ethtool.set_feature(device, feature, bool(change.after))
             case PeerFeature(device, _, feature):
-                link = self.links.snapshot()[device]
+                link = self.links.snapshot().get(device)
+                if link is None:
+                    raise KernelError(f"there is no device {device} any more")
                 self._peers.find(link).set_feature(feature, bool(change.after))
             case _:
                 self._execute_dataplane(change)
@@ -323,6 +336,13 @@ def _refuse_mode_change(device: str, change: Change) -> None:
             f"{device}: XDP cannot go from {before[0]} to {after[0]} mode while it is attached: "
             "`offload detach` first"
         )
+
+
+def _is_there(resource: DeviceResource) -> bool:
+    try:
+        return socket.if_indextoname(resource.ifindex) == resource.device
+    except OSError:
+        return False
 
 
 def _ifindex(name: str) -> int:

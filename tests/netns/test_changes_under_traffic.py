@@ -204,6 +204,27 @@ def test_a_port_whose_device_goes_down_pauses(run: Callable[..., Running], end: 
     assert instance.json("nics")[0]["default_queue"]["paused"] >= 50
 
 
+def test_a_nic_made_anew_is_taken_again(make_lab: Callable[..., Lab]) -> None:
+    """Its ports wait on the bridge meanwhile. No error is logged: a device may go at any moment."""
+    lab = make_lab()
+    vms = vms_of(lab, 2)
+    with Instance(lab.host, config_of(lab.nic, {name: vm.mac for name, vm in vms.items()})) as instance:
+        instance.start()
+        lab.host.ip(f"link del {lab.nic}")
+        port = instance.wait_port("web1", path="bridge", queue=None)
+        assert port["reason"] == "its switch has no NIC that could sort frames"
+        assert instance.json("nics")[0]["problems"] == [f"{lab.nic} is not there"]
+        wire = f"peer name {lab.wire_end} netns {lab.wire.name}"
+        lab.host.ip(f"link add {lab.nic} numrxqueues 4 numtxqueues 4 type veth {wire}")
+        lab.wire.ip(f"link set {lab.wire_end} up")
+        instance.wait_port("web1", path="queue", reason=None)
+        with vms["web1"].capture() as right, vms["web2"].capture() as wrong:
+            lab.wire.send(lab.wire_end, [test_frame(vms["web1"].mac, WIRE_MAC)])
+            right.wait_for(1)
+            wrong.assert_silent()
+        assert "ERROR" not in instance.log.read_text()
+
+
 # The daemon
 
 
