@@ -67,6 +67,9 @@ iputils-ping        traffic for demo and tests
 iperf3              traffic for demo and tests (its service stays off)
 tcpdump             looking at traffic
 LIST
+    if [ "$dev" = 1 ]; then
+        echo "bpftool             another's view of what is attached, for the tests"
+    fi
 }
 
 apt() {

@@ -437,6 +437,14 @@ class Stream:
         self.stop()
 
 
+AS_NOBODY = (
+    # Nobody may read what is being tested, wherever the checkout lies; and nothing else.
+    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
+)
+"""The beginning of a command line that runs without privileges."""
+
+
 def mac_bytes(mac: str) -> bytes:
     return bytes.fromhex(mac.replace(":", ""))
 

@@ -36,7 +36,7 @@ class Meter:
         known = {port_id: self._lost.get((port_id, name), 0) for port_id, name in names.items()}
         waiting = 0
         if any(_missing(first[port_id], first[port_id]) > lost for port_id, lost in known.items()):
-            waiting = 0 if _all_slept(plane.queue_map_ids()) else RING_SIZE
+            waiting = 0 if self._all_done(count) else RING_SIZE
         second = plane.port_counters(count)
         lost = {
             port_id: max(known[port_id], _missing(first[port_id], second[port_id]) - waiting)
@@ -55,21 +55,32 @@ class Meter:
             drivers={name: self._system.driver(name) for name in uplinks},
         )
 
+    def _all_done(self, count: int) -> bool:
+        """Whether the queues' CPUs have dealt with everything that was sent to them before this call.
+
+        Where their threads cannot be seen, as in a container, a while without any frame has to do.
+        """
+        plane = self._system.dataplane
+        threads = _threads(plane.queue_map_ids())
+        if threads:
+            return _all_slept(threads)
+        before = plane.port_counters(count)
+        time.sleep(_PATIENCE)
+        return plane.port_counters(count) == before
+
 
 def _missing(sent: Mapping[str, Any], received: Mapping[str, Any]) -> int:
     came_out = received["handed"]["packets"] + received["returned"]["packets"] + received["vlan_queue"]
     return int(sent["queued"]["packets"] - came_out)
 
 
-def _all_slept(map_ids: set[int]) -> bool:
-    """Whether each thread of these cpumaps is seen asleep at some time from now on, within ``_PATIENCE``.
+def _threads(map_ids: set[int]) -> set[Path]:
+    """The kernel threads of these cpumaps, ``cpumap/CPU/map:ID`` (kernel/bpf/cpumap.c), below /proc."""
+    return {path for path in Path("/proc").glob("[0-9]*") if _map_of(path) in map_ids}
 
-    Each entry of a cpumap has a kernel thread, ``cpumap/CPU/map:ID`` (kernel/bpf/cpumap.c). Where
-    they cannot be seen, as in a container, nothing is known of them: then the answer is no.
-    """
-    threads = {path for path in Path("/proc").glob("[0-9]*") if _map_of(path) in map_ids}
-    if not threads:
-        return False
+
+def _all_slept(threads: set[Path]) -> bool:
+    """Whether each of these threads is seen asleep at some time from now on, within ``_PATIENCE``."""
     end = time.monotonic() + _PATIENCE
     while True:
         threads = {path for path in threads if not _sleeps(path)}

@@ -21,7 +21,7 @@ import pytest
 
 from offload.errors import KernelError, PrivilegeError
 from offload.kernel.links import LinkEvent, Links
-from tests.lab import Lab, xdp_pass
+from tests.lab import AS_NOBODY, Lab, xdp_pass
 
 MAC = "02:15:5d:00:00:01"
 OTHER_MAC = "02:15:5d:00:00:02"
@@ -176,9 +176,9 @@ def test_static_entries_only(lab: Lab, links: Links) -> None:
     links.add_fdb(web1, MAC)
     links.add_fdb(web2, OTHER_MAC)
     assert links.static_fdb() == {(web1, MAC), (web2, OTHER_MAC)}
-    (entry,) = [entry for entry in shown_by_bridge(lab, "web1") if entry["mac"] == MAC]
-    assert entry["state"] == "static"
-    assert entry["master"] == "ext0"
+    # A kernel with VLAN filtering has one more for the bridge's default VLAN.
+    shown = [entry for entry in shown_by_bridge(lab, "web1") if entry["mac"] == MAC]
+    assert {(entry["state"], entry["master"]) for entry in shown} == {("static", "ext0")}
     links.add_fdb(web2, MAC)
     assert links.static_fdb() == {(web2, MAC), (web2, OTHER_MAC)}, "the entry moved"
     links.del_fdb(web1, MAC)
@@ -293,9 +293,8 @@ def test_without_privilege_the_error_says_so(lab: Lab) -> None:
         "except PrivilegeError as error:\n"
         "    print(error)\n"
     )
-    argv = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", "--reuid=65534"]
     done = subprocess.run(
-        lab.host.argv(*argv, "--clear-groups", sys.executable, "-c", script),
+        lab.host.argv(*AS_NOBODY, sys.executable, "-c", script),
         capture_output=True,
         text=True,
         cwd=REPOSITORY,

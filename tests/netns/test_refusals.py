@@ -28,6 +28,7 @@ from offload.client import Client
 from offload.errors import OffloadError
 from tests.instance import Instance, config_of, vms_of
 from tests.lab import (
+    AS_NOBODY,
     BPF_PROG_TYPE_XDP,
     Lab,
     Namespace,
@@ -573,8 +574,7 @@ def test_recycled_vnet_name_waits_for_its_own_vm(bench: Bench) -> None:
 
 
 def _as_nobody(instance: Instance, *arguments: str) -> Finished:
-    nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    return run_offload(instance, *arguments, through=nobody)
+    return run_offload(instance, *arguments, through=AS_NOBODY)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def lost(
 ) -> list[int]:
     """What a meter says after each reading: first row, second row, whether the threads slept between."""
     slept = iter([asleep for _, _, asleep in readings])
+    monkeypatch.setattr(counters, "_threads", lambda map_ids: map_ids)
     monkeypatch.setattr(counters, "_all_slept", lambda _: next(slept))
     meter = Meter(cast(System, Maps([each for first, second, _ in readings for each in (first, second)])))
     return [meter.read(DESIRED).lost[0] for _ in readings]
@@ -82,10 +83,23 @@ def test_nothing_new_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = Meter(cast(System, Maps([row(100, 90)] * 4)))
     asked: list[object] = []
 
-    def all_slept(map_ids: object) -> bool:
-        asked.append(map_ids)
+    def all_slept(threads: object) -> bool:
+        asked.append(threads)
         return True
 
+    monkeypatch.setattr(counters, "_threads", lambda map_ids: map_ids)
     monkeypatch.setattr(counters, "_all_slept", all_slept)
     assert [meter.read(DESIRED).lost[0] for _ in range(2)] == [10, 10]
     assert asked == [{7}]
+
+
+@pytest.mark.parametrize(
+    ("later", "expected"),
+    [pytest.param(row(100, 60), 40, id="nothing-moves"), pytest.param(row(100, 70), 0, id="frames-come-out")],
+)
+def test_without_a_view_of_the_threads_a_quiet_while_decides(
+    monkeypatch: pytest.MonkeyPatch, later: dict[str, Any], expected: int
+) -> None:
+    monkeypatch.setattr(counters, "_threads", lambda map_ids: set())
+    meter = Meter(cast(System, Maps([row(100, 60), row(100, 60), later, later])))
+    assert meter.read(DESIRED).lost[0] == expected
