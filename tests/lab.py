@@ -312,7 +312,7 @@ class Capture(_Collector):
 
     Outgoing frames are left out. A VLAN tag that the kernel moved to skb metadata is put back
     into the bytes, so that a frame reads here as it was on the wire. Nothing is lost up to
-    64 MiB of frames.
+    120,000 short frames, each of which takes 4 KiB on Linux 6.1.
     """
 
     def __init__(self, ns: Namespace, device: str) -> None:
@@ -559,7 +559,7 @@ def _send_one(sender: socket.socket, frame: bytes) -> None:
 def _packet_socket(device: str) -> socket.socket:
     receiver = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     try:
-        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 256 << 20)
         receiver.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
         receiver.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         receiver.bind((device, ETH_P_ALL))
