@@ -121,6 +121,8 @@ $(cat "${place%/room}/slirp.log")"
     for thing in "${found[@]}"; do
         # pytest keeps the files of its last runs on purpose.
         [[ $known != *" $thing "* && $thing != /tmp/pytest-of-* ]] || continue
+        # A process that has ended and whose parent has too is reaped by this shell, in its own time.
+        [[ $thing != /proc/* ]] || grep -qs '^State:[[:space:]]*[^Z[:space:]]' "$thing/status" || continue
         say "left behind: $thing $(tr '\0' ' ' 2>/dev/null <"$thing/cmdline" || true)"
         status=$((status ? status : 1))
     done
