@@ -20,7 +20,7 @@
 /* Port flags. */
 #define PORT_RUNNING  (1u << 0) /* frames may be handed over; otherwise all go to the bridge */
 #define PORT_TRUNK    (1u << 1) /* tags are the guest's own business: never dropped for a second one */
-#define PORT_NO_FRAGS (1u << 2) /* the device loses frames of several buffers (tun) */
+#define PORT_NO_FRAGS (1u << 2) /* frames of several buffers are lost: on tun, and before Linux 6.3 */
 /*
  * The NIC may give a frame in several buffers (jumbo MTU, header split). Only then the whole length
  * is asked for: that call costs as much as all the rest of the classification.

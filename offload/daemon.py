@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import JsonValue
 
 from . import __version__, api, portfiles, report
-from .config import Config, PortConfig, merge_ports, parse, parse_port, require_supported, warnings
+from .config import Config, merge_ports, parse, parse_port, require_supported, warnings
 from .describe import describe
 from .errors import OffloadError, UsageError
 from .journal import Era, Journal
@@ -417,6 +417,3 @@ class Daemon:
 
 def _without_nulls(spec: Mapping[str, JsonValue]) -> dict[str, object]:
     return {key: value for key, value in spec.items() if value is not None}
-
-
-__all__ = ["Daemon", "PortConfig", "Wanted", "run", "understand"]

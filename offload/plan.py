@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .config import Config, NicConfig, PortConfig
+from .config import Config, NicConfig, PortConfig, cpus_named
 from .errors import ConfigError, ForeignError, OffloadError, Problem, UnsupportedError
 from .model import (
     AdminUp,
@@ -66,11 +66,13 @@ class Facts:
     ``peers`` tells for every veth that matters why its other end cannot be reached (``None``: it
     can). ``features`` has the active tag features of the uplinks, ``True`` where they can
     be switched off. ``held`` is the port table: id, queue and flags by port name.
+    ``redirects_frags``: XDP can hand a frame of several buffers to a device that takes such frames.
     """
 
     links: Mapping[str, Link]
     online_cpus: tuple[int, ...]
     vlan_filtering: bool = False
+    redirects_frags: bool = True
     digest: str = ""
     guard_digest: str = ""
     detached: bool = False
@@ -174,16 +176,9 @@ def _impossible(config: Config, facts: Facts) -> Iterable[OffloadError]:
         if name not in facts.links
     ]
     online = ", ".join(map(str, facts.online_cpus))
-    named: dict[str, tuple[int, ...]] = {
-        f"nics.{name}.queues.cpus": nic.queues.cpus or () for name, nic in config.nics.items()
-    }
-    named |= {
-        f"ports.{name}.cpu": (port.cpu,) for name, port in config.ports.items() if isinstance(port.cpu, int)
-    }
     missing += [
         Problem(path, str(cpu), f"a CPU that is online: {online}")
-        for path, cpus in named.items()
-        for cpu in cpus
+        for path, cpu in cpus_named(config).items()
         if cpu not in facts.online_cpus
     ]
     if missing:
@@ -336,6 +331,8 @@ def _port(
                 flags |= NO_FRAGS | FRAGS_POSSIBLE
             if nic and max(facts.links[nic].mtu, present.mtu) > ONE_BUFFER:
                 flags |= FRAGS_POSSIBLE
+            if not facts.redirects_frags:
+                flags |= NO_FRAGS
             if present.kind == "veth":
                 state[PeerFeature(*at, NAPI)] = True
     record = PortRecord(

@@ -48,19 +48,36 @@ def xdp_features(device: str, ifindex: int) -> XdpFeatures:
     Raises UnsupportedError on a kernel that cannot say, KernelError when the device is gone.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_GENERIC) as netlink:
-        try:
-            family = _ask(netlink, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, _CTRL_ATTR_FAMILY_NAME, b"netdev\0")
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                raise UnsupportedError("this kernel does not tell what drivers can do with XDP") from error
-            raise explain(error, device, "look up netlink family netdev") from error
-        kind = number(family[_CTRL_ATTR_FAMILY_ID])
+        kind = _family(netlink)
+        if kind is None:
+            raise UnsupportedError("this kernel does not tell what drivers can do with XDP")
         try:
             wanted = struct.pack("=I", ifindex)
             found = _ask(netlink, kind, _NETDEV_CMD_DEV_GET, _NETDEV_A_DEV_IFINDEX, wanted)
         except OSError as error:
             raise explain(error, device, "ask for its XDP features") from error
     return XdpFeatures(number(found[_NETDEV_A_DEV_XDP_FEATURES]))
+
+
+def redirects_frags() -> bool:
+    """Whether XDP can redirect a frame of several buffers to a device: from Linux 6.3 on.
+
+    Before, xdp_do_redirect() in net/core/filter.c drops it, after the program has decided. That was
+    lifted ("bpf: devmap: check XDP features in __xdp_enqueue routine") together with the netlink family.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_GENERIC) as netlink:
+        return _family(netlink) is not None
+
+
+def _family(netlink: socket.socket) -> int | None:
+    """The number of the family ``netdev``, or ``None`` on a kernel without it."""
+    try:
+        found = _ask(netlink, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, _CTRL_ATTR_FAMILY_NAME, b"netdev\0")
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise explain(error, "netlink", "look up the family netdev") from error
+    return number(found[_CTRL_ATTR_FAMILY_ID])
 
 
 def _ask(netlink: socket.socket, kind: int, command: int, attribute: int, value: bytes) -> Attributes:

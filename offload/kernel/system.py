@@ -47,6 +47,7 @@ from .dataplane import Dataplane, grace_period
 from .ethtool import Ethtool, Peers
 from .links import LinkEvents, Links
 from .managers import managers
+from .netdev import redirects_frags
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class System:
             links=links,
             online_cpus=host.online_cpus(),
             vlan_filtering=tagged and host.bridges()[1].state == "yes",
+            redirects_frags=redirects_frags(),
             digest=self.dataplane.digest,
             guard_digest=self.dataplane.guard_digest,
             detached=detached,

@@ -250,6 +250,12 @@ def test_flags(nic: Link, device: Link, flags: int) -> None:
     assert record(desire(config(), facts(links={"eth1": nic, "web1": device}))).flags == flags
 
 
+def test_a_kernel_that_cannot_redirect_frags() -> None:
+    """Before Linux 6.3. Jumbo frames take the bridge, whatever the device could."""
+    jumbo = facts(links={"eth1": replace(ETH1, mtu=9000), "web1": WEB1}, redirects_frags=False)
+    assert record(desire(config(), jumbo)).flags == RUNNING | NO_FRAGS | FRAGS_POSSIBLE
+
+
 def test_what_a_port_holds_it_keeps() -> None:
     held = {
         "web1": (7, PortRecord("web1", 5, 1, 0, RUNNING, 1514, 3)),
@@ -346,7 +352,7 @@ def test_vlans_are_refused(vlan_filtering: bool) -> None:
 def test_a_cpu_that_is_not_online_is_named() -> None:
     desired = desire(config(port="switch: ext0, cpu: 5,", queues="{eth1: {queues: {cpus: [0, 9]}}}"), FACTS)
     assert str(desired.refusals[0]).splitlines() == [
-        "config: nics.eth1.queues.cpus: 9: a CPU that is online: 0, 1",
+        "config: nics.eth1.queues.cpus[1]: 9: a CPU that is online: 0, 1",
         "config: ports.web1.cpu: 5: a CPU that is online: 0, 1",
     ]
 
