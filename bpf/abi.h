@@ -19,13 +19,14 @@
 
 /* Port flags. */
 #define PORT_RUNNING  (1u << 0) /* frames may be handed over; otherwise all go to the bridge */
-#define PORT_TRUNK    (1u << 1) /* tags are the guest's own business: never dropped for a second one */
+#define PORT_TRUNK    (1u << 1) /* a second tag under a VID of the trunk's is the guest's own business */
 #define PORT_NO_FRAGS (1u << 2) /* frames of several buffers are lost: on tun, and before Linux 6.3 */
 /*
  * The NIC may give a frame in several buffers (jumbo MTU, header split). Only then the whole length
  * is asked for: that call costs as much as all the rest of the classification.
  */
 #define PORT_FRAGS_POSSIBLE (1u << 3)
+#define PORT_BYPASS (1u << 4) /* tc may hand it frames past the bridge */
 
 /* One row of the port table. Two aligned words, each of which is stored whole. */
 struct port {
@@ -43,16 +44,32 @@ struct tally {
 	__u64 bytes;
 };
 
-/* What became of a port's frames. One copy per CPU; only that CPU writes it. */
+/*
+ * What became of a port's frames. One copy per CPU; only that CPU writes it. The host's interface and
+ * the uplink are ports of their switch as well: what an uplink "sends" is what came in from the wire.
+ */
 struct port_counters {
+	/* Towards the port. */
 	struct tally direct;   /* NIC's CPU: handed to the device */
 	struct tally queued;   /* NIC's CPU: sent to the queue's CPU */
 	struct tally handed;   /* queue's CPU: handed to the device */
 	struct tally returned; /* queue's CPU: given to the bridge after all */
 	struct tally bridged;  /* tc: the bridge's frames that the port's mode admits */
-	__u64 vlan_nic;        /* dropped for their tags on the NIC's CPU */
-	__u64 vlan_queue;      /* dropped for their tags on the queue's CPU */
-	__u64 vlan_bridge;     /* dropped for their tags behind the bridge */
+	struct tally local;    /* tc: handed over by another port of the switch, past the bridge */
+	/* From the port. */
+	struct tally tx_local;  /* tc: to another port of the switch, past the bridge */
+	struct tally tx_direct; /* tc: to the uplink, past the bridge */
+	struct tally tx_bridge; /* tc: to the bridge */
+	/* Frames that were dropped. */
+	__u64 vlan_nic;    /* for their tags on the NIC's CPU */
+	__u64 vlan_queue;  /* for their tags on the queue's CPU */
+	__u64 vlan_bridge; /* for their tags on the way to the port */
+	__u64 vlan_sent;   /* for their tags on the way from the port */
+	__u64 spoofed;     /* from an address that is not the port's */
+	__u64 guard_dhcp;  /* of a DHCP server */
+	__u64 guard_ra;    /* of a router: advertisements and redirects */
+	__u64 link_local;  /* to 01:80:c2:00:00:0x, either way */
+	__u64 host;        /* that the host's own stack sent to the port's device */
 };
 
 /* The default queue: frames of one NIC that went to the bridge, by reason. One copy per CPU. */
@@ -66,14 +83,79 @@ struct nic_counters {
 	struct tally no_cpu;    /* the queue's CPU is not set up */
 	struct tally too_big;   /* longer than the port's MTU allows */
 	struct tally frags;     /* several buffers, and the device takes one */
-	struct tally stacked;   /* an 802.1ad tag on its way to a trunk */
 };
 
-/* The tc program's view of a port device. */
-struct guard {
+/* What a device is to its switch. */
+#define MEMBER_PORT    1 /* a VM's tap, or the host's end of its veth */
+#define MEMBER_HOST    2 /* the switch's end of the host's own interface */
+#define MEMBER_UPLINK  3 /* the NIC */
+#define MEMBER_CONDUIT 4 /* the outer end of a Python bridge */
+#define MEMBER_SILENT  5 /* neither hears nor speaks: a bridge device, a conduit's inner end */
+
+/* What a member may do. */
+#define ALLOW_SPOOFING   (1u << 0) /* send from any address */
+#define ALLOW_DHCP       (1u << 1) /* answer as a DHCP server */
+#define ALLOW_RA         (1u << 2) /* advertise and redirect as a router */
+#define ALLOW_LINK_LOCAL (1u << 3) /* send and get 01:80:c2:00:00:0x */
+#define MEMBER_TRUNK     (1u << 4) /* tags are admitted by `trunks` */
+#define MEMBER_NO_NATIVE (1u << 5) /* a trunk that takes no frames without a tag */
+#define MEMBER_BYPASS    (1u << 6) /* its frames may pass by the bridge */
+
+/* A device of a switch. */
+struct member {
+	__u32 port;    /* its row in `ports` and `port_counters` */
+	__u32 network; /* its switch's row in `networks` */
+	__u16 role;    /* MEMBER_PORT … MEMBER_SILENT */
+	__u16 flags;   /* ALLOW_*, MEMBER_TRUNK, … */
+	__u16 pvid;    /* VID of frames without a tag; 0: they stay without */
+	__u16 unused;
+};
+
+#define NO_PORT 0xffffffffu
+
+/* Unknown unicast goes to the bridge: a port may have addresses behind it that nobody declared. */
+#define NETWORK_ASK_BRIDGE (1u << 0)
+
+/* A switch. */
+struct network {
+	__u32 uplink;   /* port of the uplink, or NO_PORT */
+	__u32 conduit;  /* ifindex of the Python bridge's outer end; 0: the kernel's bridge */
+	__u16 untagged; /* VID that untagged frames have inside the kernel's bridge only; 0: none */
+	__u16 flags;    /* NETWORK_* */
+	__u32 unused;
+};
+
+/* An address of a switch's port, in one VLAN. */
+struct station_key {
+	__u32 network;
+	__u8 mac[6];
+	__u16 vid; /* 0: the untagged network */
+};
+
+#define STATION_EXPECTED 0 /* declared, and not heard yet */
+#define STATION_HERE     1 /* heard from its port */
+#define STATION_AWAY     2 /* heard from the wire since */
+
+struct station {
 	__u32 port;
-	__u16 pvid;  /* 0: an untagged port */
-	__u16 flags; /* PORT_TRUNK, or 0 */
+	__u32 ifindex; /* the port's device */
+	__u32 state;   /* STATION_*: flipped by the programs alone */
+	__u32 moves;   /* how often it was */
+	__u64 since;   /* CLOCK_MONOTONIC in ns; 0 before the first time */
+};
+
+/* The VIDs of a trunk: bit VID % 64 of word VID / 64. */
+struct vlan_set {
+	__u64 words[64];
+};
+
+/* A station's state has changed. */
+struct news {
+	__u32 network;
+	__u32 port;
+	__u32 state;
+	__u16 vid;
+	__u8 mac[6];
 };
 
 #endif

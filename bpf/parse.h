@@ -23,12 +23,18 @@ struct vlan_tag {
 	__be16 next; /* EtherType of what follows the tag */
 };
 
+/* A frame's tags. */
+struct tags {
+	__u16 vid; /* of the outer one; 0 without one */
+	__u8 tagged;
+	__u8 service; /* the outer one is of 802.1ad */
+	__u8 second;  /* there is another one inside */
+};
+
 /* What the filter stage needs to know of a frame. */
 struct frame {
 	__u64 dst; /* MAC, first byte on the wire lowest */
-	__u16 vid; /* of the outer tag; 0 without one */
-	__u8 tagged;
-	__u8 odd_tags; /* an 802.1ad tag outside, or a second tag: nothing for an access port */
+	struct tags tags;
 };
 
 static __always_inline int is_tag(__be16 type)
@@ -41,21 +47,39 @@ static __always_inline int parse_frame(const void *data, const void *end, struct
 {
 	const struct ethhdr *eth = data;
 	const struct vlan_tag *tag = data + sizeof(*eth);
+	struct tags tags = {};
 
 	if ((const void *)(eth + 1) > end)
 		return -1;
 	frame->dst = *(const __u64 *)data & MAC_MASK;
-	frame->vid = 0;
-	frame->tagged = 0;
-	frame->odd_tags = 0;
 	if (is_tag(eth->h_proto)) {
 		if ((const void *)(tag + 1) > end)
 			return -1;
-		frame->vid = be16(tag->tci) & VID_MASK;
-		frame->tagged = 1;
-		frame->odd_tags = eth->h_proto != be16(ETH_P_8021Q) || is_tag(tag->next);
+		tags.tagged = 1;
+		tags.vid = be16(tag->tci) & VID_MASK;
+		tags.service = eth->h_proto != be16(ETH_P_8021Q);
+		tags.second = is_tag(tag->next);
 	}
+	frame->tags = tags;
 	return 0;
+}
+
+/*
+ * Whether a port of this mode must not have these tags, whatever the VID is. Under a VID of a trunk
+ * a second tag is the guest's own; under a tag that is taken off it would come out as a VID of its
+ * own choice.
+ */
+static __always_inline int tags_refused(const struct tags *tags, int trunk, __u16 pvid)
+{
+	if (tags->service)
+		return 1;
+	return tags->second && (!trunk || tags->vid == 0 || tags->vid == pvid);
+}
+
+/* 01:80:c2:00:00:0x: never forwarded by a bridge (802.1Q-2018, 8.6.3). */
+static __always_inline int is_link_local(__u64 mac)
+{
+	return (mac & 0xf0ffffffffffull) == 0x0000c28001ull;
 }
 
 #endif

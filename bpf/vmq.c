@@ -5,7 +5,7 @@
  * uplink  XDP on the NIC, on the CPU of the RX queue where the frame arrived
  *   1. a group address, or a frame that ends in its own headers  -> bridge
  *   2. nobody's (MAC, VID)                                       -> bridge
- *   3. tags that the port's mode cannot have                     -> drop
+ *   3. tags that the port's mode cannot have, any of 802.1ad     -> drop
  *   4. the port is paused, or cannot take a frame of this length -> bridge
  *   5. the queue has a CPU of its own, and it is not this one    -> that CPU
  *   6. the device is away                                        -> bridge
@@ -108,6 +108,7 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 	__u32 length = end - data, reason = ROW(malformed), zero = 0, id;
 	struct frame frame;
 	struct port *port;
+	int foreign;
 
 	if (parse_frame(data, end, &frame) < 0)
 		goto bridge;
@@ -117,8 +118,9 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 	}
 
 	reason = ROW(no_filter);
-	id = find_port(filter_key(frame.dst, frame.vid));
-	if (!id && frame.odd_tags) /* an untagged port's MAC behind a foreign tag is that port's drop */
+	id = find_port(filter_key(frame.dst, frame.tags.vid));
+	foreign = !id && (frame.tags.service || frame.tags.second);
+	if (foreign) /* behind tags that nobody has: a drop of the port whose MAC it is untagged */
 		id = find_port(filter_key(frame.dst, 0));
 	if (!id)
 		goto bridge;
@@ -130,16 +132,13 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 	if (!counters)
 		goto bridge;
 
-	if (frame.odd_tags && !(port->flags & PORT_TRUNK)) {
+	if (foreign || tags_refused(&frame.tags, port->flags & PORT_TRUNK, port->pvid)) {
 		(*(place == ON_NIC_CPU ? &counters->vlan_nic : &counters->vlan_queue))++;
 		return XDP_DROP;
 	}
 
 	reason = port->ifindex ? ROW(paused) : ROW(no_device);
 	if (!(port->flags & PORT_RUNNING))
-		goto bridge;
-	reason = ROW(stacked);
-	if (frame.odd_tags && ((struct ethhdr *)data)->h_proto != be16(ETH_P_8021Q))
 		goto bridge;
 	if (port->flags & PORT_FRAGS_POSSIBLE) {
 		length = bpf_xdp_get_buff_len(ctx);
@@ -148,7 +147,7 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 			goto bridge;
 	}
 	reason = ROW(too_big);
-	if (length > port->max_len + (frame.tagged ? sizeof(struct vlan_tag) : 0))
+	if (length > port->max_len + (frame.tags.tagged ? sizeof(struct vlan_tag) : 0))
 		goto bridge;
 
 #ifdef QUEUE_CPUS
@@ -164,7 +163,7 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 	if (devices.redirect_map(id, XDP_PASS) != XDP_REDIRECT)
 		goto bridge;
 	reason = ROW(malformed);
-	if (frame.tagged && (frame.vid == 0 || frame.vid == port->pvid) && strip_tag(ctx) < 0)
+	if (frame.tags.tagged && (frame.tags.vid == 0 || frame.tags.vid == port->pvid) && strip_tag(ctx) < 0)
 		goto bridge;
 	count(place == ON_NIC_CPU ? &counters->direct : &counters->handed, length);
 	return XDP_REDIRECT;

@@ -26,10 +26,10 @@ class Layout:
         self.size = ct.sizeof(self._type)
 
     def read(self, raw: bytes) -> dict[str, Any]:
-        """Field values by name, nested structs as dicts. ``raw`` has ``size`` bytes."""
+        """Field values by name, nested structs as dicts, arrays as tuples. ``raw`` has ``size`` bytes."""
         return _as_dict(self._type.from_buffer_copy(raw))
 
-    def pack(self, **fields: int) -> bytes:
+    def pack(self, **fields: int | tuple[int, ...]) -> bytes:
         """The struct as bytes; every field must be given."""
         names = {name for name, _ in self._type._fields_}
         if names != set(fields):
@@ -70,5 +70,7 @@ def _as_dict(value: Any) -> dict[str, Any]:
     result = {}
     for name, _ in value._fields_:
         member = getattr(value, name)
+        if isinstance(member, ct.Array):
+            member = tuple(member)
         result[name] = _as_dict(member) if isinstance(member, ct.Structure) else member
     return result

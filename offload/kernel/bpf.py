@@ -33,6 +33,8 @@ XDP_FLAGS_SKB_MODE = 1 << 1
 XDP_FLAGS_DRV_MODE = 1 << 2
 _OBJECT_NAME = 15  # BPF_OBJ_NAME_LEN without the terminator
 _LOG_BYTES = 1 << 24
+_BATCH = 256  # entries; a bucket of the kernel's hash maps holds a few
+_POSITION = 16  # bytes that are enough to say where a batch ended
 
 
 class AttachType(IntEnum):
@@ -55,6 +57,7 @@ class MapType(IntEnum):
     PERCPU_ARRAY = 6
     DEVMAP = 14
     CPUMAP = 16
+    RINGBUF = 27
 
 
 class _MapOptions(ct.Structure):
@@ -336,6 +339,40 @@ class Map(_Handle):
             raise _error(-result, "list a map's keys")
         return found
 
+    def items(self) -> list[tuple[bytes, bytes]]:
+        """Every key of a hash map with its value, in a few system calls. Not for per-CPU maps.
+
+        What is added or removed meanwhile may be in it or not.
+        """
+        shape = self.shape()
+        count = _BATCH
+        found: list[tuple[bytes, bytes]] = []
+        position, last = ct.create_string_buffer(_POSITION), True
+        options = _BatchOptions(sz=ct.sizeof(_BatchOptions))
+        while True:
+            keys = ct.create_string_buffer(count * shape.key_size)
+            values = ct.create_string_buffer(count * shape.value_size)
+            number = ct.c_uint32(count)
+            before = None if last else position
+            result = _libbpf().bpf_map_lookup_batch(
+                self.fd, before, position, keys, values, ct.byref(number), ct.byref(options)
+            )
+            if result == -errno.ENOSPC:  # more in one bucket than would fit
+                count *= 2
+                continue
+            if result < 0 and result != -errno.ENOENT:
+                raise _error(-result, "read a map in a batch")
+            last = False
+            found += [
+                (
+                    keys.raw[at * shape.key_size : (at + 1) * shape.key_size],
+                    values.raw[at * shape.value_size : (at + 1) * shape.value_size],
+                )
+                for at in range(number.value)
+            ]
+            if result == -errno.ENOENT:
+                return found
+
     def read_first(self, count: int, value_size: int) -> bytes:
         """The values of an array's first ``count`` entries, one after the other, in one system call.
 
@@ -360,6 +397,41 @@ class Map(_Handle):
         length = shape.max_entries * shape.value_size
         pages = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         return mmap.mmap(self.fd, pages)
+
+
+_SAMPLE = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)  # libbpf's ring_buffer_sample_fn
+
+
+class RingBuffer:
+    """Reads what programs wrote to a ring buffer map. One reader at a time: reading takes out.
+
+    ``fd`` is readable while there is something. ``close`` leaves the map, and what is in it.
+    """
+
+    def __init__(self, ring: Map) -> None:
+        self._taken: list[bytes] = []
+        self._callback = _SAMPLE(self._take)
+        lib = _libbpf()
+        lib.ring_buffer__new.restype = ct.c_void_p
+        self._ring: int | None = lib.ring_buffer__new(ring.fd, self._callback, None, None)
+        if self._ring is None:
+            raise _error(ct.get_errno(), "open a ring buffer")
+        self.fd = _call("ring_buffer__epoll_fd", ct.c_void_p(self._ring), doing="wait on a ring buffer")
+
+    def _take(self, _context: object, data: int, size: int) -> int:
+        self._taken.append(ct.string_at(data, size))
+        return 0
+
+    def drain(self) -> list[bytes]:
+        """Everything that was written and not taken yet, oldest first."""
+        _call("ring_buffer__consume", ct.c_void_p(self._ring), doing="read a ring buffer")
+        taken, self._taken = self._taken, []
+        return taken
+
+    def close(self) -> None:
+        if self._ring is not None:
+            _libbpf().ring_buffer__free(ct.c_void_p(self._ring))
+            self._ring = None
 
 
 @dataclass(frozen=True)

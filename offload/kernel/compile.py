@@ -40,7 +40,7 @@ _BCC_FILE = "/virtual/main.c"  # bcc's name for any source
 _TRACEBACK = "Traceback (most recent call last)"  # Python's, after the C compiler has said what is wrong
 
 _XDP, _SCHED_CLS = 6, 3  # enum bpf_prog_type
-_OTHER_TYPES = {"guard": _SCHED_CLS}  # everything else is XDP
+_TC_PROGRAMS = ("sent", "wire", "guard", "unwrap", "silence")  # of switch.c; everything else is XDP
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _compile(source: Path, defines: Mapping[str, int]) -> dict[str, Any]:
         name = lib.bpf_function_name(module.module, index).decode()
         code = bytearray(module.dump_func(name.encode()))
         programs[name] = {
-            "type": _OTHER_TYPES.get(name, _XDP),
+            "type": _SCHED_CLS if name in _TC_PROGRAMS else _XDP,
             "maps": _name_maps(code, by_fd),
             "instructions": base64.b64encode(bytes(code)).decode(),
             "lines": lines.get(name, {}),

@@ -2,16 +2,17 @@
 
 The kernel holds the state and the pins keep it; this module only opens, reads and changes
 it, so a restarted daemon, or ``offload detach`` without one, finds everything by
-looking. Below ``PIN_DIR/v1``::
+looking. Below ``PIN_DIR/v2``::
 
     netns                                              the network namespace that it is of
-    maps/{ports,devices,port_counters,guards,names}    for all NICs
+    maps/{ports,devices,port_counters,names}           for all NICs and switches
+    maps/{ends,members,networks,stations,trunks,news,network_names}    for all switches
     nics/IFINDEX/{classifier,cpus,nic_counters}        per NIC
     nics/IFINDEX/{uplink_program,queue_program}        as attached
     nics/IFINDEX/uplink                                the XDP link
-    guards/IFINDEX-DIGEST                              a port device's tcx link, and its program
+    members/IFINDEX/SIDE-PROGRAM-DIGEST                a tcx link on a switch's device
 
-A frame's way through them is told in ``bpf/vmq.c``.
+A frame's way through them is told in ``bpf/vmq.c`` and ``bpf/switch.c``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, Self
 
 from ..classifier import Classifier, filter_key, filter_of
 from ..errors import ForeignError, KernelError, OffloadError, UnsupportedError
-from ..model import PortRecord, XdpMode
+from ..model import MemberRow, NetworkRow, News, PortRecord, Role, StationRow, StationState, XdpMode
 from ..plan import RUNNING
 from .abi import Layout
 from .bpf import (
@@ -40,20 +41,42 @@ from .bpf import (
     Link,
     Map,
     MapShape,
+    MapType,
     Program,
+    RingBuffer,
     possible_cpus,
 )
 from .compile import MapSpec, compiled
 from .service import claimed
-from .tc import attach_classic, classic_on, detach_classic
+from .tc import PROGRAMS, TcPrograms
 
 MAX_PORTS = 16_384
-"""Ports of one instance, over all NICs. Costs 104 bytes of counters per port and CPU."""
+"""Ports of one instance, over all switches. Costs 216 bytes of counters per port and CPU."""
+MAX_NETWORKS = 1_024
+"""Switches of one instance."""
+MAX_STATIONS = 1 << 17
+"""Addresses in VLANs, over all ports: a trunk has one per VID."""
 CPU_OF_NIC = 0xFFFFFFFF
+NO_PORT = 0xFFFFFFFF
 
+ROLES: Mapping[Role, int] = {"port": 1, "host": 2, "uplink": 3, "conduit": 4, "silent": 5}
+ALLOWED = {"mac_spoofing": 1, "dhcp_server": 2, "router_advertisement": 4, "link_local_protocols": 8}
+MEMBER_TRUNK, MEMBER_NO_NATIVE, MEMBER_BYPASS = 16, 32, 64
+STATES: tuple[StationState, ...] = ("expected", "here", "away")
+NETWORK_ASK_BRIDGE = 1
+
+_NEWS_BYTES = 1 << 16  # 2,048 events; should more wait, the station table has what they would say
+SWITCH_DEFINES = {
+    "MAX_PORTS": MAX_PORTS,
+    "MAX_MEMBERS": 2 * MAX_PORTS,
+    "MAX_NETWORKS": MAX_NETWORKS,
+    "MAX_STATIONS": MAX_STATIONS,
+    "NEWS_BYTES": _NEWS_BYTES,
+}
 _NAME_BYTES = 64
-_NAMES = MapSpec(2, 4, _NAME_BYTES, MAX_PORTS, 0, None, None)  # BPF_MAP_TYPE_ARRAY; for the controller only
+_NAMES = {"names": MAX_PORTS, "network_names": MAX_NETWORKS}  # for the controller only
 _SHARED = ("ports", "devices", "port_counters")
+_SWITCH = ("ends", "members", "networks", "stations", "trunks", "news")
 _PER_NIC = ("classifier", "cpus", "nic_counters")
 _U32 = struct.Struct("=I")
 _DEVICE = struct.Struct("=II")  # struct bpf_devmap_val, bpf_cpumap_val: what, program
@@ -109,14 +132,16 @@ class Dataplane:
         self._maps: dict[str, Map] = {}
         self._nics: dict[int, NicObjects] = {}
         self.vmq = compiled("vmq.c", _defines(), cache)
-        self.guard = compiled("guard.c", {"MAX_PORTS": MAX_PORTS}, cache)
+        self.switch = compiled("switch.c", SWITCH_DEFINES, cache)
         self.layouts = {
             name: Layout(spec.value)
-            for name, spec in (*self.vmq.maps.items(), *self.guard.maps.items())
+            for name, spec in (*self.vmq.maps.items(), *self.switch.maps.items())
             if not isinstance(spec.value, str)
         }
+        self._station_key = Layout(self.switch.maps["stations"].key)
         self._possible_cpus = possible_cpus()
-        self._guard_program: Program | None = None
+        self.tc = TcPrograms(pins / "members", self.switch, self._maps)
+        self._news: RingBuffer | None = None
         self._claim = ExitStack()
 
     def __enter__(self) -> Self:
@@ -135,11 +160,24 @@ class Dataplane:
     # Opening and closing
 
     def open(self) -> None:
-        """Take over what is pinned; make and pin the shared maps that are not there yet."""
+        """Take over what is pinned; make and pin the shared maps that are not there yet.
+
+        Raises ``ForeignError`` beside pins of another version, whose programs would still run.
+        """
+        for other in self.pins.parent.glob("v[0-9]*"):
+            if other != self.pins:
+                raise ForeignError(
+                    f"{other} is of another version of offload: run `offload detach --all` with that one, "
+                    f"or `rm -r {other}` if it is there no more, then start again"
+                )
+        self.tc.open()
         for name in _SHARED:
             self._maps[name] = self._adopt(self.pins / "maps" / name, name, self.vmq.maps[name])
-        self._maps["guards"] = self._adopt(self.pins / "maps/guards", "guards", self.guard.maps["guards"])
-        self._maps["names"] = self._adopt(self.pins / "maps/names", "names", _NAMES)
+        for name in _SWITCH:
+            self._maps[name] = self._adopt(self.pins / "maps" / name, name, self.switch.maps[name])
+        for name, entries in _NAMES.items():
+            spec = MapSpec(MapType.ARRAY, 4, _NAME_BYTES, entries, 0, None, None)
+            self._maps[name] = self._adopt(self.pins / "maps" / name, name, spec)
         self._rows = memoryview(self._maps["ports"].mapped())
         for directory in _children(self.pins / "nics"):
             if (directory / "uplink").exists():
@@ -154,24 +192,28 @@ class Dataplane:
                 self.detach(ifindex)
             else:
                 self._nics.pop(ifindex).close()
-        for (ifindex,) in [_U32.unpack(key) for key in self._maps["guards"].all_keys()]:
+        for ifindex in self._member_rows():
             if self._keep and ifindex not in live:
-                if pin := self._guard_pin(ifindex):
-                    pin.unlink()
-                self._maps["guards"].delete(_U32.pack(ifindex))
+                self.tc.forget(ifindex)
+                self._maps["members"].delete(_U32.pack(ifindex))
 
     def close(self) -> None:
-        if self._keep and self._maps and not self._nics and not self.ports() and not self.guards():
-            self._remove_pins()  # nothing uses them: a start was refused, or everything was taken out
+        if self._keep and self._maps and not self._in_use():
+            self._remove_pins()  # a start was refused, or everything was taken out
         for nic in self._nics.values():
             nic.close()
         for handle in self._maps.values():
             handle.close()
-        if self._guard_program:
-            self._guard_program.close()
-            self._guard_program = None
+        if self._news:
+            self._news.close()
+            self._news = None
+        self.tc.close()
         self._nics.clear()
         self._maps.clear()
+
+    def _in_use(self) -> bool:
+        members = any(map(_is_there, self._member_rows()))  # a bridge may have gone with its start
+        return bool(self._nics or self.ports() or members or self.networks())
 
     def _adopt(self, pin: Path, name: str, spec: MapSpec, max_entries: int | None = None) -> Map:
         try:
@@ -323,14 +365,19 @@ class Dataplane:
 
     def ports(self) -> dict[int, PortRecord]:
         """Every port that has a row, by port id."""
-        names = self._maps["names"].read_first(MAX_PORTS, _NAME_BYTES)
-        found = {}
-        for port_id in range(MAX_PORTS):
-            at = port_id * _NAME_BYTES
-            if names[at]:
-                name = names[at : at + _NAME_BYTES].rstrip(b"\0").decode()
-                found[port_id] = self._record(port_id, name)
-        return found
+        return {port_id: self._record(port_id, name) for port_id, name in self._names("names").items()}
+
+    def _names(self, map_name: str) -> dict[int, str]:
+        """The rows that have a name."""
+        raw = self._maps[map_name].read_first(_NAMES[map_name], _NAME_BYTES)
+        return {
+            at // _NAME_BYTES: raw[at : at + _NAME_BYTES].rstrip(b"\0").decode()
+            for at in range(0, len(raw), _NAME_BYTES)
+            if raw[at]
+        }
+
+    def _set_name(self, map_name: str, row: int, name: str) -> None:
+        self._maps[map_name].update(_U32.pack(row), name.encode().ljust(_NAME_BYTES, b"\0"))
 
     def _record(self, port_id: int, name: str) -> PortRecord:
         layout = self.layouts["ports"]
@@ -355,14 +402,14 @@ class Dataplane:
         running = record is not None and record.flags & RUNNING and record.ifindex
         if not running:
             self._write_row(port_id, record)
-        if record is not None and record.ifindex:
-            self._maps["devices"].update(key, _DEVICE.pack(record.ifindex, 0))
-        else:
-            self._maps["devices"].delete(key)
+        for name in ("devices", "ends"):
+            if record is not None and record.ifindex:
+                self._maps[name].update(key, _DEVICE.pack(record.ifindex, 0))
+            else:
+                self._maps[name].delete(key)
         if running:
             self._write_row(port_id, record)
-        name = record.name.encode() if record else b""
-        self._maps["names"].update(key, name.ljust(_NAME_BYTES, b"\0"))
+        self._set_name("names", port_id, record.name if record else "")
         if record is None:
             self._maps["port_counters"].update(key, bytes(self._counter_bytes("port_counters")))
 
@@ -400,75 +447,171 @@ class Dataplane:
         else:
             classifier.set(filter_key(mac, vid), port_id)
 
-    # Guards: the tc program at the ports' egress
+    # Switches
 
     @property
-    def guard_digest(self) -> str:
-        """What ``guards`` says of a device that runs this version's program."""
-        return self.guard.digest[:8]
+    def switch_digest(self) -> str:
+        """What ``members`` says of a device that runs this version's programs."""
+        return self.tc.digest
 
-    def guards(self) -> dict[int, tuple[int, int, str]]:
-        """``(port id, pvid, digest)`` of every device that has our tc program, by ifindex."""
-        layout = self.layouts["guards"]
+    def networks(self) -> dict[int, NetworkRow]:
+        """Every switch that has a row, by number."""
+        layout = self.layouts["networks"]
+        rows = self._maps["networks"].read_first(MAX_NETWORKS, layout.size)
         found = {}
-        for key in self._maps["guards"].all_keys():
-            (ifindex,) = _U32.unpack(key)
-            value = self._maps["guards"].lookup(key, layout.size)
-            if value and (digest := self._guard_on(ifindex)):
-                row = layout.read(value)
-                found[ifindex] = (row["port"], row["pvid"], digest)
+        for number, name in self._names("network_names").items():
+            row = layout.read(rows[number * layout.size : (number + 1) * layout.size])
+            found[number] = NetworkRow(
+                name=name,
+                uplink=None if row["uplink"] == NO_PORT else row["uplink"],
+                conduit=row["conduit"],
+                untagged=row["untagged"],
+                ask_bridge=bool(row["flags"] & NETWORK_ASK_BRIDGE),
+            )
         return found
 
-    def _guard_on(self, ifindex: int) -> str | None:
-        """The digest of our tc program on a device, or ``None``."""
-        pin = self._guard_pin(ifindex)
-        if pin is None:
-            return classic_on(ifindex)
-        with Link.pinned(pin) as link:
-            return pin.name.partition("-")[2] if link.info().ifindex == ifindex else None
+    def set_network(self, number: int, row: NetworkRow | None) -> None:
+        """Write a switch's row; ``None`` frees it, when no member is in it any more."""
+        value = self.layouts["networks"].pack(
+            uplink=NO_PORT if row is None or row.uplink is None else row.uplink,
+            conduit=row.conduit if row else 0,
+            untagged=row.untagged if row else 0,
+            flags=NETWORK_ASK_BRIDGE if row and row.ask_bridge else 0,
+            unused=0,
+        )
+        self._maps["networks"].update(_U32.pack(number), value)
+        self._set_name("network_names", number, row.name if row else "")
 
-    def _guard_pin(self, ifindex: int) -> Path | None:
-        return next((self.pins / "guards").glob(f"{ifindex}-*"), None)
+    def members(self) -> dict[int, tuple[MemberRow, str]]:
+        """Every device of a switch, by ifindex, with the digest of its role's programs.
 
-    def set_guard(self, device: str, ifindex: int, port_id: int, pvid: int) -> None:
-        """Admit to this device only what a port of this VLAN may get (``pvid`` 0: untagged).
-
-        The program of another version that is there is replaced, between two frames.
+        The digest is empty unless exactly those programs are attached, all of one version.
         """
-        value = self.layouts["guards"].pack(port=port_id, pvid=pvid, flags=0)
-        self._maps["guards"].update(_U32.pack(ifindex), value)
-        digest = self._guard_on(ifindex)
-        if digest == self.guard_digest:
-            return
-        if self._guard_program is None:
-            spec = self.guard.programs["guard"]
-            self._guard_program = Program.load("guard", spec, self._maps, AttachType.NONE, frags=False)
-        program, pin = self._guard_program, self._guard_pin(ifindex)
-        wanted = self.pins / "guards" / f"{ifindex}-{self.guard_digest}"
-        if digest and pin:
-            with Link.pinned(pin) as link:
-                link.replace(program)
-            pin.rename(wanted)
-            return
-        if pin:
-            pin.unlink()  # of a link that somebody forced off
-        doing = f"attach the tc program to {device}"
-        try:
-            link = Link.create(program, ifindex, AttachType.TCX_EGRESS, doing=doing)
-        except OffloadError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL:
-                attach_classic(device, ifindex, program.fd, self.guard_digest)  # before 6.6 there is no tcx
-                return
-            raise
-        with link:
-            link.pin(wanted)
+        rows = self._member_rows()
+        found = {}
+        for ifindex, row in rows.items():
+            there = self.tc.on(ifindex)
+            digests = {each.digest for each in there.values()}
+            whole = {side: each.program for side, each in there.items()} == PROGRAMS[row.role]
+            found[ifindex] = (row, digests.pop() if whole and len(digests) == 1 else "")
+        return found
 
-    def clear_guard(self, ifindex: int) -> None:
-        if pin := self._guard_pin(ifindex):
-            _end_link(pin)
-        else:
-            detach_classic(ifindex)
-        self._maps["guards"].delete(_U32.pack(ifindex))
+    def _member_rows(self) -> dict[int, MemberRow]:
+        layout = self.layouts["members"]
+        roles = {number: role for role, number in ROLES.items()}
+        found = {}
+        for key, value in self._maps["members"].items():
+            row = layout.read(value)
+            flags = row["flags"]
+            found[_U32.unpack(key)[0]] = MemberRow(
+                port=row["port"],
+                network=row["network"],
+                role=roles[row["role"]],
+                pvid=None if flags & MEMBER_NO_NATIVE else row["pvid"],
+                trunk=bool(flags & MEMBER_TRUNK),
+                bypass=bool(flags & MEMBER_BYPASS),
+                allow=frozenset(name for name, bit in ALLOWED.items() if flags & bit),
+            )
+        return found
+
+    def set_member(self, device: str, ifindex: int, row: MemberRow) -> None:
+        """Make a device what ``row`` says, at once; then see to it that its role's programs run on it.
+
+        Programs of another version or another role that are there are replaced, between two frames.
+        """
+        flags = sum(ALLOWED[name] for name in row.allow)
+        flags |= MEMBER_TRUNK if row.trunk else 0
+        flags |= MEMBER_NO_NATIVE if row.pvid is None else 0
+        flags |= MEMBER_BYPASS if row.bypass else 0
+        value = self.layouts["members"].pack(
+            port=row.port,
+            network=row.network,
+            role=ROLES[row.role],
+            flags=flags,
+            pvid=row.pvid or 0,
+            unused=0,
+        )
+        self._maps["members"].update(_U32.pack(ifindex), value)
+        self.tc.attach(device, ifindex, row.role)
+
+    def clear_member(self, ifindex: int) -> None:
+        """Take our programs off a device, which is no switch's then."""
+        self.tc.detach(ifindex)
+        self._maps["members"].delete(_U32.pack(ifindex))
+
+    def trunks(self) -> dict[int, frozenset[int]]:
+        """The VIDs of every trunk, by port id."""
+        layout = self.layouts["trunks"]
+        return {
+            _U32.unpack(key)[0]: _vids(layout.read(value)["words"])
+            for key, value in self._maps["trunks"].items()
+        }
+
+    def set_trunk(self, port_id: int, vids: frozenset[int] | None) -> None:
+        """Let a trunk have these tags (1..4094), all changed at once; ``None``: it is none any more."""
+        if vids is None:
+            self._maps["trunks"].delete(_U32.pack(port_id))
+            return
+        words = [0] * 64
+        for vid in vids:
+            words[vid // 64] |= 1 << vid % 64
+        self._maps["trunks"].update(_U32.pack(port_id), self.layouts["trunks"].pack(words=tuple(words)))
+
+    def stations(self) -> dict[tuple[int, str, int], StationRow]:
+        """Every declared address, by network, MAC and VID (0: untagged), and where it is."""
+        layout = self.layouts["stations"]
+        found = {}
+        for key, value in self._maps["stations"].items():
+            at, row = self._station_key.read(key), layout.read(value)
+            found[at["network"], bytes(at["mac"]).hex(":"), at["vid"]] = StationRow(
+                port=row["port"],
+                ifindex=row["ifindex"],
+                state=STATES[row["state"]],
+                moves=row["moves"],
+                since=row["since"],
+            )
+        return found
+
+    def set_station(self, network: int, mac: str, vid: int, row: StationRow | None) -> None:
+        """Declare an address, its state included, or take it away."""
+        key = self._station_key.pack(network=network, mac=tuple(bytes.fromhex(mac.replace(":", ""))), vid=vid)
+        if row is None:
+            self._maps["stations"].delete(key)
+            return
+        value = self.layouts["stations"].pack(
+            port=row.port,
+            ifindex=row.ifindex,
+            state=STATES.index(row.state),
+            moves=row.moves,
+            since=row.since,
+        )
+        self._maps["stations"].update(key, value)
+
+    def news_fd(self) -> int:
+        """Readable while ``drain_news`` has something to give."""
+        return self._ring().fd
+
+    def drain_news(self) -> list[News]:
+        """Stations that changed their state, oldest first. Told once, to whichever process asks first.
+
+        When too many wait to be told, the latest are not: ``stations`` has them.
+        """
+        layout = self.layouts["news"]
+        return [
+            News(
+                network=told["network"],
+                port=told["port"],
+                state=STATES[told["state"]],
+                mac=bytes(told["mac"]).hex(":"),
+                vid=told["vid"],
+            )
+            for told in map(layout.read, self._ring().drain())
+        ]
+
+    def _ring(self) -> RingBuffer:
+        if self._news is None:
+            self._news = RingBuffer(self._maps["news"])
+        return self._news
 
     # Counters
 
@@ -547,6 +690,10 @@ def _attach_error(error: OffloadError, device: str, ifindex: int, mode: XdpMode)
             )
         case _:
             return error
+
+
+def _vids(words: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(vid for vid in range(4096) if words[vid // 64] >> vid % 64 & 1)
 
 
 def _is_there(ifindex: int) -> bool:

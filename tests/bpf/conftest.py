@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bpf.loaded import Guard, Vmq
+from tests.bpf.loaded import Vmq
 from tests.lab import Lab
 
 
@@ -39,13 +39,6 @@ def cpus() -> tuple[int, int]:
 def vmq(one_lab: Lab, cache: Path, cpus: tuple[int, int]) -> Iterator[Vmq]:
     """The uplink's programs with empty tables. Scope: one test."""
     with Vmq(one_lab.host, cache, cpus[0]) as loaded:
-        yield loaded
-
-
-@pytest.fixture
-def guard(one_lab: Lab, cache: Path) -> Iterator[Guard]:
-    """The tc program with empty tables. Scope: one test."""
-    with Guard(one_lab.host, cache) as loaded:
         yield loaded
 
 

@@ -1,4 +1,4 @@
-"""The product's programs as plain XDP and tc programs, with maps of their own and no pins.
+"""The uplink's programs as plain XDP programs, with maps of their own and no pins.
 
 BPF_PROG_TEST_RUN refuses programs that were loaded for a cpumap, so ``queue`` is loaded a second time
 as XDP on the same maps: the twin that the tests run.
@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 from offload.classifier import Classifier, filter_key
 from offload.kernel.abi import Layout
-from offload.kernel.bpf import AttachType, Map, Program, RunResult, possible_cpus
+from offload.kernel.bpf import AttachType, Map, Program, possible_cpus
 from offload.kernel.compile import Artifact, compiled
 from offload.kernel.dataplane import CPU_OF_NIC, grace_period
 from tests.lab import Namespace
@@ -28,7 +28,7 @@ LOOPBACK = 1
 """The ifindex of ``lo`` in every namespace: a device for rows that only need one to be there."""
 
 XDP_DROP, XDP_PASS, XDP_REDIRECT = 1, 2, 4
-TC_ACT_UNSPEC, TC_ACT_SHOT = 0xFFFFFFFF, 2
+TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_REDIRECT = 0xFFFFFFFF, 2, 7
 
 _U32 = struct.Struct("=I")
 _PAIR = struct.Struct("=II")
@@ -145,37 +145,12 @@ class Vmq(_Objects):
         return {row: layout.total(raw[row * size : (row + 1) * size]) for row in range(rows)}
 
 
-class Guard(_Objects):
-    """``guard.c`` for the loopback device of ``ns``, which is where test frames seem to be."""
-
-    def __init__(self, ns: Namespace, cache: Path) -> None:
-        super().__init__()
-        self._ns = ns
-        artifact = compiled("guard.c", {"MAX_PORTS": MAX_PORTS}, cache)
-        self._guards = Layout(artifact.maps["guards"].value)
-        self._counters = Layout(artifact.maps["port_counters"].value)
-        self.maps = self._maps(artifact)
-        self.program = self._load(artifact, "guard", self.maps, AttachType.NONE, frags=False)
-
-    def set(self, port: int, pvid: int) -> None:
-        value = self._guards.pack(port=port, pvid=pvid, flags=0)
-        self.maps["guards"].update(_U32.pack(LOOPBACK), value)
-
-    def clear(self) -> None:
-        self.maps["guards"].delete(_U32.pack(LOOPBACK))
-
-    def run(self, frame: bytes) -> Run:
-        before = self._counts()
-        result: RunResult = self._ns.call(lambda: self.program.test_run(frame))
-        after = self._counts()
-        moved = {name: after[name] - before[name] for name in after if after[name] != before[name]}
-        return Run(result.verdict, result.frame, moved)
-
-    def _counts(self) -> Counts:
-        size = self._counters.size * possible_cpus()
-        raw = self.maps["port_counters"].read_first(MAX_PORTS, size)
-        rows = [self._counters.total(raw[at : at + size]) for at in range(0, len(raw), size)]
-        return {f"{port}.{name}": value for port, row in enumerate(rows) for name, value in flat(row)}
+def skb(ifindex: int, ingress_ifindex: int, gso_segs: int = 0, gso_size: int = 0) -> bytes:
+    """``struct __sk_buff`` of ``include/uapi/linux/bpf.h``, as far as a test run may set it."""
+    context = bytearray(192)
+    for offset, value in ((36, ingress_ifindex), (40, ifindex), (164, gso_segs), (176, gso_size)):
+        struct.pack_into("=I", context, offset, value)
+    return bytes(context)
 
 
 def flat(counters: dict[str, Any]) -> Iterable[tuple[str, int]]:

@@ -11,13 +11,15 @@ import pytest
 
 from offload import classifier, plan
 from offload.classifier import BUCKET_BITS, KEY_BITS, unmix
+from offload.config import AllowConfig
 from offload.kernel import dataplane
 from offload.kernel.abi import Layout
-from offload.kernel.compile import compiled, sources
+from offload.kernel.compile import Artifact, compiled, sources
 from tests.bpf.loaded import DEFINES, MAX_PORTS, XDP_PASS, XDP_REDIRECT, Vmq, flat
 from tests.lab import WIRE_MAC, tag, test_frame
 
-DROPS = ["vlan_nic", "vlan_queue", "vlan_bridge"]
+PATHS = ["direct", "queued", "handed", "returned", "bridged", "local", "tx_local", "tx_direct", "tx_bridge"]
+DROPS = ["vlan_nic", "vlan_queue", "vlan_bridge", "vlan_sent", "spoofed", "guard_dhcp", "guard_ra"]
 REASONS = ["broadcast", "multicast", "no_filter", "malformed", "paused", "no_device", "no_cpu", "too_big"]
 
 
@@ -27,20 +29,23 @@ def tallies(*names: str) -> list[str]:
 
 LAYOUTS = {
     "ports": ("=IHHIHH", ["cpu", "pvid", "flags", "ifindex", "max_len", "queue"]),
-    "guards": ("=IHH", ["port", "pvid", "flags"]),
-    "port_counters": ("=13Q", [*tallies("direct", "queued", "handed", "returned", "bridged"), *DROPS]),
-    "nic_counters": ("=20Q", tallies(*REASONS, "frags", "stacked")),
+    "port_counters": ("=27Q", [*tallies(*PATHS), *DROPS, "link_local", "host"]),
+    "nic_counters": ("=18Q", tallies(*REASONS, "frags")),
+    "members": ("=IIHHHH", ["port", "network", "role", "flags", "pvid", "unused"]),
+    "networks": ("=IIHHI", ["uplink", "conduit", "untagged", "flags", "unused"]),
+    "stations": ("=IIIIQ", ["port", "ifindex", "state", "moves", "since"]),
 }
 """Map: its value as ``struct`` has it (no padding anywhere), and the fields in order."""
+
+
+def switch(cache: Path) -> Artifact:
+    return compiled("switch.c", dataplane.SWITCH_DEFINES, cache)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_are_pinned(name: str, cache: Path) -> None:
     """A change here is a change of what is pinned: the pin directory's version must change with it."""
-    spec = {
-        **compiled("guard.c", {"MAX_PORTS": MAX_PORTS}, cache).maps,
-        **compiled("vmq.c", DEFINES, cache).maps,
-    }[name]
+    spec = {**switch(cache).maps, **compiled("vmq.c", DEFINES, cache).maps}[name]
     pinned, fields = LAYOUTS[name]
     layout = Layout(spec.value)
     assert spec.value_size == layout.size == struct.calcsize(pinned)
@@ -48,15 +53,32 @@ def test_layouts_are_pinned(name: str, cache: Path) -> None:
     assert dict(flat(layout.read(raw))) == dict(zip(fields, struct.unpack(pinned, raw), strict=True))
 
 
+def test_layouts_with_arrays_are_pinned(cache: Path) -> None:
+    maps = switch(cache).maps
+    key, trunk, news = Layout(maps["stations"].key), Layout(maps["trunks"].value), Layout(maps["news"].value)
+    assert (key.size, maps["stations"].key_size) == (12, 12)
+    assert key.read(bytes(range(12))) == {"network": 0x03020100, "mac": (4, 5, 6, 7, 8, 9), "vid": 0x0B0A}
+    assert (trunk.size, maps["trunks"].value_size) == (512, 512)
+    assert trunk.read(bytes(512)) == {"words": (0,) * 64}
+    assert news.size == 20
+    assert news.read(bytes(range(20))) == {
+        "network": 0x03020100,
+        "port": 0x07060504,
+        "state": 0x0B0A0908,
+        "vid": 0x0D0C,
+        "mac": (14, 15, 16, 17, 18, 19),
+    }
+
+
 def test_a_bucket_is_half_a_cache_line(cache: Path) -> None:
     spec = compiled("vmq.c", DEFINES, cache).maps["classifier"]
     assert (spec.key_size, spec.value_size, spec.max_entries) == (4, 32, classifier.BUCKETS)
 
 
-def test_counters_of_both_programs_are_alike(cache: Path) -> None:
-    """``port_counters`` is one map that both C files declare."""
-    vmq = compiled("vmq.c", DEFINES, cache).maps["port_counters"]
-    assert compiled("guard.c", {"MAX_PORTS": MAX_PORTS}, cache).maps["port_counters"] == vmq
+@pytest.mark.parametrize("name", ["ports", "port_counters"])
+def test_maps_of_both_files_are_alike(name: str, cache: Path) -> None:
+    vmq = compiled("vmq.c", {**dataplane.SWITCH_DEFINES, "MAX_CPUS": 1}, cache)
+    assert switch(cache).maps[name] == vmq.maps[name]
 
 
 def test_padding_is_refused() -> None:
@@ -84,11 +106,34 @@ def test_port_flags_are_the_same() -> None:
         "PORT_TRUNK": plan.TRUNK,
         "PORT_NO_FRAGS": plan.NO_FRAGS,
         "PORT_FRAGS_POSSIBLE": plan.FRAGS_POSSIBLE,
+        "PORT_BYPASS": plan.BYPASS,
     }
 
 
-def test_cpu_of_nic_is_the_same() -> None:
-    assert defined("abi.h")["CPU_OF_NIC"] == dataplane.CPU_OF_NIC
+def test_the_switch_s_numbers_are_the_same() -> None:
+    ours = {f"MEMBER_{role.upper()}": number for role, number in dataplane.ROLES.items()}
+    ours |= {f"STATION_{state.upper()}": number for number, state in enumerate(dataplane.STATES)}
+    ours |= {name: bit for name, bit in vars(dataplane).items() if re.match("MEMBER_|NETWORK_", name)}
+    ours |= {ALLOW_NAMES[name]: bit for name, bit in dataplane.ALLOWED.items()}
+    prefixes = ("MEMBER_", "STATION_", "NETWORK_", "ALLOW_")
+    assert {name: value for name, value in defined("abi.h").items() if name.startswith(prefixes)} == ours
+
+
+ALLOW_NAMES = {
+    "mac_spoofing": "ALLOW_SPOOFING",
+    "dhcp_server": "ALLOW_DHCP",
+    "router_advertisement": "ALLOW_RA",
+    "link_local_protocols": "ALLOW_LINK_LOCAL",
+}
+
+
+def test_what_a_port_may_be_allowed_is_what_the_config_says() -> None:
+    assert set(dataplane.ALLOWED) == set(AllowConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", ["CPU_OF_NIC", "NO_PORT"])
+def test_words_for_nothing_are_the_same(name: str) -> None:
+    assert defined("abi.h")[name] == vars(dataplane)[name]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +146,11 @@ def test_the_table_s_constants_are_the_same(name: str) -> None:
 
 def test_every_port_id_fits_a_slot() -> None:
     assert dataplane.MAX_PORTS < 1 << classifier.VALUE_BITS
+
+
+def test_every_port_id_fits_a_tag() -> None:
+    """In which a Python bridge is told of it."""
+    assert dataplane.MAX_PORTS <= 1 << 16
 
 
 def random_filters(rng: random.Random, count: int) -> dict[tuple[bytes, int], int]:

@@ -16,7 +16,7 @@ from offload.kernel.bpf import AttachType, Map, Program
 from offload.kernel.compile import Artifact, compiled, compiled_file, digest_of, sources
 
 BROKEN = Path(__file__).with_name("broken.c")
-DEFINES = {"MAX_PORTS": 16}
+DEFINES = {"MAX_PORTS": 16, "MAX_CPUS": 1}
 
 
 @pytest.fixture
@@ -34,30 +34,30 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_cache_spares_the_compiler(privilege: None, tmp_path: Path, children: list[Any]) -> None:
-    first = compiled("guard.c", DEFINES, tmp_path)
+    first = compiled("vmq.c", DEFINES, tmp_path)
     assert len(children) == 1
     (kept,) = tmp_path.iterdir()
     written = kept.stat().st_mtime_ns
-    assert compiled("guard.c", DEFINES, tmp_path) == first
+    assert compiled("vmq.c", DEFINES, tmp_path) == first
     assert len(children) == 1
     assert kept.stat().st_mtime_ns == written
 
 
 def test_another_flag_is_another_artifact(privilege: None, tmp_path: Path, children: list[Any]) -> None:
-    few, many = (compiled("guard.c", {"MAX_PORTS": number}, tmp_path) for number in (16, 32))
+    few, many = (compiled("vmq.c", {**DEFINES, "MAX_PORTS": number}, tmp_path) for number in (16, 32))
     assert len(children) == len(list(tmp_path.iterdir())) == 2
     assert few.digest != many.digest
-    assert (few.maps["guards"].max_entries, many.maps["guards"].max_entries) == (16, 32)
+    assert (few.maps["ports"].max_entries, many.maps["ports"].max_entries) == (16, 32)
 
 
-@pytest.mark.parametrize("changed", ["guard.c", "abi.h"])
+@pytest.mark.parametrize("changed", ["vmq.c", "abi.h"])
 def test_a_changed_source_is_another_artifact(tmp_path: Path, changed: str) -> None:
-    for name in ("guard.c", "abi.h", "parse.h"):
+    for name in ("vmq.c", "abi.h", "classifier.h", "parse.h"):
         (tmp_path / name).write_bytes((sources() / name).read_bytes())
-    before = digest_of(tmp_path / "guard.c", DEFINES)
-    assert digest_of(tmp_path / "guard.c", DEFINES) == before
+    before = digest_of(tmp_path / "vmq.c", DEFINES)
+    assert digest_of(tmp_path / "vmq.c", DEFINES) == before
     (tmp_path / changed).write_text((tmp_path / changed).read_text() + "/* changed */\n")
-    assert digest_of(tmp_path / "guard.c", DEFINES) != before
+    assert digest_of(tmp_path / "vmq.c", DEFINES) != before
 
 
 def test_a_file_elsewhere_depends_on_our_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_missing_compiler_names_the_package(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "bcc.py").write_text("raise ImportError('no such thing')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UnsupportedError, match="install the distribution's python3-bpfcc"):
-        compiled("guard.c", DEFINES, tmp_path / "cache")
+        compiled("vmq.c", DEFINES, tmp_path / "cache")
 
 
 def test_the_compiler_never_enters_this_process(privilege: None, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_compiler_never_enters_this_process(privilege: None, tmp_path: Path)
     program = (
         "from pathlib import Path\n"
         "from offload.kernel.compile import compiled\n"
-        f"compiled('guard.c', {{'MAX_PORTS': 16}}, Path({str(tmp_path)!r}))\n"
+        f"compiled('vmq.c', {DEFINES}, Path({str(tmp_path)!r}))\n"
         "print(Path('/proc/self/maps').read_text())\n"
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -9,7 +9,6 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ import pytest
 from offload.errors import ForeignError, KernelError, UnsupportedError
 from offload.kernel.bpf import AttachType, Link, Map, MapType, Program
 from offload.kernel.compile import MapSpec, compiled
-from offload.kernel.dataplane import Dataplane
-from offload.kernel.tc import attach_classic, classic_on, detach_classic
-from offload.model import PortRecord
+from offload.kernel.dataplane import ALLOWED, SWITCH_DEFINES, Dataplane
+from offload.model import MemberRow, NetworkRow, PortRecord, StationRow
 from offload.plan import RUNNING
 from tests.bpf.loaded import flat
-from tests.lab import TPID_8021AD, WIRE_MAC, Lab, Vm, seq_of, tag, test_frame, wait_until, xdp_pass
+from tests.lab import WIRE_MAC, Lab, Vm, seq_of, tag, test_frame, xdp_pass
 
 MAC = "02:15:5d:00:00:01"
 
@@ -33,7 +31,7 @@ class Host:
 
     def __init__(self, lab: Lab, bpffs: Path, cache: Path) -> None:
         self.lab = lab
-        self.pins = bpffs / "v1"
+        self.pins = bpffs / "v2"
         self.cache = cache
         self.nic = lab.host.ifindex(lab.nic)
 
@@ -103,6 +101,11 @@ def moved(dataplane: Dataplane) -> dict[str, int]:
     return {name: value for name, value in flat(dataplane.port_counters(1)[0]) if value}
 
 
+NETWORK = NetworkRow("ext0", uplink=3, conduit=9, untagged=4094, ask_bridge=True)
+MEMBER = MemberRow(3, 5, "uplink", pvid=10, bypass=True, allow=frozenset({"dhcp_server"}))
+STATION = StationRow(3, 12, "away", moves=4, since=99)
+
+
 def test_a_second_process_finds_everything(host: Host) -> None:
     port = host.lab.host.ifindex(host.lab.nic)  # any device will do
     with host.dataplane() as first:
@@ -110,7 +113,10 @@ def test_a_second_process_finds_everything(host: Host) -> None:
         host.do(lambda: first.set_port(3, record(port, name="db1", cpu=1, pvid=10, queue=7)))
         first.set_filter(host.nic, MAC, 10, 3)
         first.set_queue_cpu(host.nic, 1, 512)
-        host.do(lambda: first.set_guard(host.lab.nic, host.nic, 3, 10))
+        first.set_network(5, NETWORK)
+        host.do(lambda: first.set_member(host.lab.nic, host.nic, MEMBER))
+        first.set_trunk(3, frozenset({1, 63, 64, 4094}))
+        first.set_station(5, MAC, 10, STATION)
         program_ids = first.program_ids()
     with host.dataplane() as second:
         assert second.uplinks() == {host.nic: second.digest}
@@ -118,7 +124,10 @@ def test_a_second_process_finds_everything(host: Host) -> None:
         assert second.ports() == {3: record(port, name="db1", cpu=1, pvid=10, queue=7)}
         assert list(second.filters(host.nic)) == [(MAC, 10, 3)]
         assert second.queue_cpus(host.nic) == {1: 512}
-        assert host.do(second.guards) == {host.nic: (3, 10, second.guard_digest)}
+        assert second.networks() == {5: NETWORK}
+        assert host.do(second.members) == {host.nic: (MEMBER, second.switch_digest)}
+        assert second.trunks() == {3: frozenset({1, 63, 64, 4094})}
+        assert second.stations() == {(5, MAC, 10): STATION}
 
 
 def test_closing_changes_nothing(host: Host) -> None:
@@ -129,7 +138,7 @@ def test_closing_changes_nothing(host: Host) -> None:
     assert host.xdp(host.lab.nic)["prog"]["id"] == host.link()[1]
 
 
-@pytest.mark.parametrize("name", ["ports", "port_counters", "names", "guards"])
+@pytest.mark.parametrize("name", ["ports", "port_counters", "names", "members", "stations"])
 def test_a_map_of_another_shape_is_refused(host: Host, name: str) -> None:
     """Left by another version. Nothing of it is touched."""
     pin = host.pins / "maps" / name
@@ -146,12 +155,9 @@ def test_a_map_of_another_shape_is_refused(host: Host, name: str) -> None:
 
 
 def test_a_program_where_a_map_should_be_is_refused(host: Host) -> None:
-    artifact = compiled("guard.c", {"MAX_PORTS": 16}, host.cache)
-    maps = {name: Map.create(name, spec) for name, spec in artifact.maps.items()}
-    with Program.load("guard", artifact.programs["guard"], maps, AttachType.NONE, frags=False) as program:
+    silence = compiled("switch.c", SWITCH_DEFINES, host.cache).programs["silence"]
+    with Program.load("silence", silence, {}, AttachType.NONE, frags=False) as program:
         program.pin(host.pins / "maps" / "ports")
-    for opened in maps.values():
-        opened.close()
     with pytest.raises(ForeignError, match="not of this version"):
         host.dataplane().open()
 
@@ -218,9 +224,7 @@ def test_a_queue_with_a_cpu_of_its_own(host: Host, dataplane: Dataplane, cpus: t
 
 def test_detach_leaves_nothing_of_the_nic(host: Host, dataplane: Dataplane) -> None:
     host.do(lambda: dataplane.detach(host.nic))
-    assert host.pinned() == [
-        f"maps/{name}" for name in ("devices", "guards", "names", "port_counters", "ports")
-    ]
+    assert not [path for path in host.pinned() if not path.startswith("maps/")]
     assert host.xdp(host.lab.nic) == {}
     assert dataplane.uplinks() == {}
     frame = test_frame(MAC, WIRE_MAC)
@@ -278,128 +282,63 @@ def test_a_freed_port_leaves_no_name_no_device_and_no_counts(host: Host, datapla
     assert (dataplane.ports(), list(dataplane.filters(host.nic)), moved(dataplane)) == ({}, [], {})
 
 
-@pytest.fixture
-def bridged_vm(host: Host) -> Vm:
-    """A VM whose frames the NIC's bridge brings: tags stand beside the frame, not in it. Scope: one test."""
-    vm = host.lab.vm("web1", mac=MAC)
-    host.lab.host.ip("link add br0 type bridge mcast_snooping 0")  # it would talk by itself
-    host.lab.host.ip(f"link set {host.lab.nic} master br0")
-    host.lab.host.ip("link set web1 master br0")
-    host.lab.host.ip("link set br0 up")
-    return vm
-
-
-AD0, AD10 = (tag(vid, tpid=TPID_8021AD) for vid in (0, 10))
-
-BESIDE = [
-    pytest.param(0, b"", True, id="untagged port, untagged"),
-    pytest.param(0, tag(0), True, id="untagged port, VID 0"),
-    pytest.param(0, tag(0, 7, 1), True, id="untagged port, VID 0 with PCP and DEI"),
-    pytest.param(0, tag(1), False, id="untagged port, VID 1"),
-    pytest.param(0, tag(10), False, id="untagged port, VID 10"),
-    pytest.param(0, AD0, False, id="untagged port, 802.1ad with VID 0"),
-    pytest.param(0, AD10, False, id="untagged port, 802.1ad"),
-    pytest.param(0, tag(0) + tag(10), False, id="untagged port, VID 0 over VID 10"),
-    pytest.param(0, tag(0) + AD10, False, id="untagged port, VID 0 over 802.1ad"),
-    pytest.param(10, tag(10), True, id="VLAN port, its VID"),
-    pytest.param(10, b"", False, id="VLAN port, untagged"),
-    pytest.param(10, tag(0), False, id="VLAN port, VID 0"),
-    pytest.param(10, tag(20), False, id="VLAN port, another VID"),
-    pytest.param(10, AD10, False, id="VLAN port, 802.1ad with its VID"),
-    pytest.param(10, tag(10) + tag(20), False, id="VLAN port, its VID over another tag"),
-]
-
-
-@pytest.mark.parametrize(("pvid", "tags", "admitted"), BESIDE)
-def test_the_guard_behind_a_bridge(
-    host: Host, bridged_vm: Vm, pvid: int, tags: bytes, admitted: bool
-) -> None:
-    """Unicast and broadcast from the wire. What is admitted reaches the VM without a tag."""
-    port = host.lab.host.ifindex("web1")
-    with host.dataplane() as opened, bridged_vm.capture() as seen:
-        host.do(lambda: opened.set_guard("web1", port, 0, pvid))
-        sent = [test_frame(dst, WIRE_MAC, tags=tags) for dst in (MAC, "ff:ff:ff:ff:ff:ff")]
-        host.lab.wire.send(host.lab.wire_end, sent)
-        wait_until(lambda: sum(moved(opened).values()) > 1, "the guard counts two frames")
-        if admitted:
-            wanted = [frame[:12] + frame[12 + len(tags) :] for frame in sent]
-            assert seen.wait_for(2) == wanted
-            length = sum(map(len, wanted))
-            assert moved(opened) == {"bridged.packets": 2, "bridged.bytes": length}
-        else:
-            seen.assert_silent()
-            assert moved(opened) == {"vlan_bridge": 2}
-
-
-def test_a_guard_that_is_cleared_lets_everything_through(host: Host, bridged_vm: Vm) -> None:
-    port = host.lab.host.ifindex("web1")
-    frame = test_frame(MAC, WIRE_MAC, tags=tag(10))
-    with host.dataplane() as opened, bridged_vm.capture() as seen:
-        host.do(lambda: opened.set_guard("web1", port, 0, 0))
-        assert host.do(opened.guards) == {port: (0, 0, opened.guard_digest)}
-        host.do(lambda: opened.clear_guard(port))
-        assert not [pin for pin in host.pinned() if pin.startswith(f"guards/{port}")]
-        assert host.do(opened.guards) == {}
-        host.lab.wire.send(host.lab.wire_end, [frame])
-        assert seen.wait_for(1) == [frame]
-
-
-def guard_attachment(host: Host, port: int) -> tuple[int, int]:
-    """Ids of the tcx link (0 before Linux 6.6: a filter) and of the program that guards ``web1``."""
-    for pin in (host.pins / "guards").glob(f"{port}-*"):
-        with Link.pinned(pin) as link:
-            return link.info().id, link.info().prog_id
-    shown = json.loads(host.lab.host.run("tc", "-json", "filter", "show", "dev", "web1", "egress").stdout)
-    (program,) = [found["options"]["prog"]["id"] for found in shown if "options" in found]
-    return 0, program
-
-
-def test_a_guard_s_vlan_changes_in_place(host: Host, bridged_vm: Vm) -> None:
-    port = host.lab.host.ifindex("web1")
+def test_rows_of_every_kind_come_back(host: Host) -> None:
+    """What can be written, and what the programs read for nothing."""
     with host.dataplane() as opened:
-        host.do(lambda: opened.set_guard("web1", port, 0, 0))
-        before = guard_attachment(host, port)
-        host.do(lambda: opened.set_guard("web1", port, 4, 20))
-        assert guard_attachment(host, port) == before
-        assert host.do(opened.guards) == {port: (4, 20, opened.guard_digest)}
+        rows = [
+            MemberRow(1, 0, "port"),
+            MemberRow(2, 0, "port", pvid=7, trunk=True),
+            MemberRow(3, 0, "host", pvid=None, trunk=True, bypass=True),
+            MemberRow(0, 0, "conduit"),
+            MemberRow(0, 0, "silent", allow=frozenset(ALLOWED)),
+        ]
+        for row in rows:
+            host.do(lambda row=row: opened.set_member(host.lab.nic, host.nic, row))  # type: ignore[misc]
+            assert host.do(opened.members) == {host.nic: (row, opened.switch_digest)}
+        host.do(lambda: opened.clear_member(host.nic))
+        alone = NetworkRow("prv0", None, 0, 0, False)
+        opened.set_network(0, alone)
+        opened.set_network(1_023, alone)
+        assert opened.networks() == {0: alone, 1_023: alone}
+        opened.set_network(0, None)
+        opened.set_network(1_023, None)
+        assert opened.networks() == {}
 
 
-def test_the_guard_of_another_version_is_replaced_in_place(host: Host, bridged_vm: Vm) -> None:
-    port = host.lab.host.ifindex("web1")
-    with host.dataplane() as older:
-        host.attach(older)  # while a NIC is held, closing keeps the pins
-        older.guard = replace(older.guard, digest="older")
-        host.do(lambda: older.set_guard("web1", port, 0, 0))
-        before = guard_attachment(host, port)
+def test_thousands_of_stations(host: Host) -> None:
+    """More than one batch holds; those that were taken away are not among them."""
     with host.dataplane() as opened:
-        assert host.do(opened.guards) == {port: (0, 0, "older")}
-        host.do(lambda: opened.set_guard("web1", port, 0, 0))
-        assert host.do(opened.guards) == {port: (0, 0, opened.guard_digest)}
-        after = guard_attachment(host, port)
-        assert after[0] == before[0]
-        assert after[1] != before[1]
+        rows = {
+            (number % 3, f"02:15:5d:00:{number >> 8:02x}:{number & 255:02x}", number % 4095): StationRow(
+                number, 1
+            )
+            for number in range(3_000)
+        }
+        for key, row in rows.items():
+            opened.set_station(*key, row)
+        assert opened.stations() == rows
+        for key in list(rows)[::2]:
+            opened.set_station(*key, None)
+            del rows[key]
+        assert opened.stations() == rows
 
 
-def test_the_classic_filter_of_older_kernels(host: Host, bridged_vm: Vm) -> None:
-    """Guards the same, is found again, and goes without taking anybody else's filter along."""
-    port = host.lab.host.ifindex("web1")
-    spec = compiled("guard.c", {"MAX_PORTS": 16}, host.cache)
-    maps = {name: Map.create(name, each) for name, each in spec.maps.items()}
-    maps["guards"].update(port.to_bytes(4, "little"), bytes(8))
-    frame = test_frame(MAC, WIRE_MAC, tags=tag(10))
-    with Program.load("guard", spec.programs["guard"], maps, AttachType.NONE, frags=False) as program:
-        host.do(lambda: attach_classic("web1", port, program.fd, "d1"))
-    for opened in maps.values():
-        opened.close()
-    assert host.do(lambda: classic_on(port)) == "d1"
-    with bridged_vm.capture() as seen:
-        host.lab.wire.send(host.lab.wire_end, [frame])
-        seen.assert_silent()
-        foreign = "filter add dev web1 egress prio 9 protocol all u32 match u32 0 0 flowid :1"
-        host.lab.host.run("tc", *foreign.split())
-        host.do(lambda: detach_classic(port))
-        host.do(lambda: detach_classic(port))
-        assert host.do(lambda: classic_on(port)) is None
-        assert "pref 9" in host.lab.host.run("tc", "filter", "show", "dev", "web1", "egress").stdout
-        host.lab.wire.send(host.lab.wire_end, [frame])
-        assert seen.wait_for(1) == [frame]
+def test_a_switch_keeps_its_pins(host: Host) -> None:
+    """Without any NIC: a private network's frames go on when the daemon ends."""
+    with host.dataplane() as opened:
+        opened.set_network(5, NETWORK)
+    with host.dataplane() as opened:
+        assert opened.networks() == {5: NETWORK}
+        opened.set_network(5, None)
+    assert not host.pins.exists()
+
+
+def test_pins_of_another_version_are_refused(host: Host) -> None:
+    """Its programs are still attached. Nothing of it is touched, and nothing of ours is made."""
+    other = host.pins.parent / "v1"
+    with Map.create("ports", MapSpec(MapType.ARRAY, 4, 24, 100, 0, None, None)) as left:
+        left.pin(other / "maps" / "ports")
+    with pytest.raises(ForeignError, match=f"{other} is of another version of offload.*detach --all"):
+        host.dataplane().open()
+    assert (other / "maps" / "ports").exists()
+    assert not host.pins.exists()

@@ -1,4 +1,4 @@
-"""What the programs decide: a frame, the verdict, the frame afterwards, and the one counter that moves."""
+"""What the uplink's programs decide: a frame, the verdict, the frame afterwards, the counter that moves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import pytest
 
 from offload.plan import FRAGS_POSSIBLE, NO_FRAGS, RUNNING, TRUNK
 from tests.bpf.loaded import (
-    TC_ACT_SHOT,
-    TC_ACT_UNSPEC,
     XDP_DROP,
     XDP_PASS,
     XDP_REDIRECT,
-    Guard,
     Run,
     Vmq,
 )
@@ -127,7 +124,11 @@ CASES = [
     delivered("trunk, two tags are the guest's business", TRUNKED, to(TRUNKED, Q + tag(30))),
     bridged("trunk, a VID that is not of it", to(TRUNKED, tag(30)), "no_filter"),
     bridged("trunk, untagged", to(TRUNKED), "no_filter"),
-    returned("trunk, 802.1ad", TRUNKED, to(TRUNKED, AD), "stacked"),
+    dropped("trunk, 802.1ad", TRUNKED, to(TRUNKED, AD)),
+    dropped("trunk, two tags, the outer one its native VID", TRUNKED, to(TRUNKED, tag(1) + tag(30))),
+    dropped("untagged trunk, VID 0 over another tag", PLAIN_TRUNK, to(PLAIN_TRUNK, tag(0) + tag(30))),
+    dropped("untagged trunk, two tags under a foreign VID", PLAIN_TRUNK, to(PLAIN_TRUNK, tag(30) + Q)),
+    delivered("untagged trunk, two tags under its VID", PLAIN_TRUNK, to(PLAIN_TRUNK, Q + tag(30))),
     delivered("untagged trunk, VID 0", PLAIN_TRUNK, to(PLAIN_TRUNK, tag(0)), to(PLAIN_TRUNK)),
     bridged("broadcast", test_frame("ff:ff:ff:ff:ff:ff", WIRE_MAC), "broadcast"),
     bridged("broadcast, tagged twice", test_frame("ff:ff:ff:ff:ff:ff", WIRE_MAC, tags=Q + Q), "broadcast"),
@@ -207,58 +208,3 @@ def test_empty_tables_send_everything_to_the_bridge(one_lab: Lab, cache: Path, c
     frame = to(UNTAGGED)
     with Vmq(one_lab.host, cache, cpus[0]) as empty:
         assert empty.run(empty.uplink, frame) == Run(PASS, frame, expected("nic.no_filter", frame))
-
-
-@dataclass(frozen=True)
-class GuardCase:
-    """``pvid`` None: the device is nobody's. ``after`` None: as it came; what is dropped has no after."""
-
-    name: str
-    pvid: int | None
-    frame: bytes
-    admitted: bool
-    after: bytes | None = None
-
-
-FRAME = test_frame(mac_of(0), WIRE_MAC)
-MULTICAST = test_frame("01:00:5e:00:00:01", WIRE_MAC)
-
-
-def with_tags(tags: bytes) -> bytes:
-    return test_frame(mac_of(0), WIRE_MAC, tags=tags)
-
-
-GUARD_CASES = [
-    GuardCase("nobody's device", None, with_tags(AD + Q), True),
-    GuardCase("untagged port, untagged", 0, FRAME, True),
-    GuardCase("untagged port, multicast", 0, MULTICAST, True),
-    GuardCase("untagged port, VID 0", 0, with_tags(tag(0)), True, FRAME),
-    GuardCase("untagged port, VID 0 with PCP and DEI", 0, with_tags(tag(0, 7, 1)), True, FRAME),
-    GuardCase("untagged port, VID 1", 0, with_tags(tag(1)), False),
-    GuardCase("untagged port, VID 4095", 0, with_tags(tag(4095)), False),
-    GuardCase("untagged port, 802.1ad", 0, with_tags(AD), False),
-    GuardCase("untagged port, 802.1ad with VID 0", 0, with_tags(tag(0, tpid=TPID_8021AD)), False),
-    GuardCase("untagged port, VID 0 over VID 10", 0, with_tags(tag(0) + Q), False),
-    GuardCase("untagged port, VID 0 over 802.1ad", 0, with_tags(tag(0) + AD), False),
-    GuardCase("VLAN port, its VID", 10, with_tags(Q), True, FRAME),
-    GuardCase("VLAN port, its VID with PCP", 10, with_tags(tag(10, 7, 1)), True, FRAME),
-    GuardCase("VLAN port, untagged", 10, FRAME, False),
-    GuardCase("VLAN port, VID 0", 10, with_tags(tag(0)), False),
-    GuardCase("VLAN port, another VID", 10, with_tags(tag(20)), False),
-    GuardCase("VLAN port, 802.1ad with its VID", 10, with_tags(AD), False),
-    GuardCase("VLAN port, its VID over another tag", 10, with_tags(Q + tag(20)), False),
-]
-
-
-@pytest.mark.parametrize("case", GUARD_CASES, ids=lambda case: case.name)
-def test_guard(guard: Guard, case: GuardCase) -> None:
-    """The tag in the frame's bytes. ``test_dataplane.py`` has the tag beside the frame, by real traffic."""
-    if case.pvid is not None:
-        guard.set(port=3, pvid=case.pvid)
-    run = guard.run(case.frame)
-    if not case.admitted:
-        assert (run.verdict, run.moved) == (TC_ACT_SHOT, {"3.vlan_bridge": 1})
-        return
-    after = case.frame if case.after is None else case.after
-    moved = {} if case.pvid is None else expected("3.bridged", case.frame)
-    assert run == Run(TC_ACT_UNSPEC, after, moved)
