@@ -2,7 +2,8 @@
 
 A port keeps its address for as long as it holds it: over restarts, reboots and changes of
 everything else. It is given another one only when its address now stands in the config
-as another port's, or lies outside a range that was changed.
+as another port's, or lies outside a range that was changed. Nobody is given an address
+that is in use on the network.
 """
 
 from __future__ import annotations
@@ -44,17 +45,25 @@ class MacAllocator:
         with _errors_of(self._path):
             return self._read()
 
-    def assign(self, names: Collection[str], taken: Collection[str], *, keep: bool = True) -> dict[str, str]:
+    def assign(
+        self,
+        names: Collection[str],
+        taken: Collection[str],
+        heard: Collection[str] = (),
+        *,
+        keep: bool = True,
+    ) -> dict[str, str]:
         """An address for each of ``names``: all of them or none.
 
-        ``taken`` are addresses that nobody may be given. With ``keep`` false the answer is what
-        would be given now, and nothing is written. Raises MacRangeExhaustedError.
+        ``taken`` are addresses that nobody may have. ``heard`` are in use on the network: they are not
+        given anew, but who holds one keeps it, as it may well be the one who was heard. With ``keep`` false
+        the answer is what would be given now, and nothing is written. Raises MacRangeExhaustedError.
         """
         if not keep:
             with _errors_of(self._path):
-                return self._with(self._read(), names, taken)[0]
+                return self._with(self._read(), names, taken, heard)[0]
         with self._locked() as held:
-            given, after = self._with(held, names, taken)
+            given, after = self._with(held, names, taken, heard)
             if after != held:
                 self._write(after)
             return given
@@ -66,34 +75,44 @@ class MacAllocator:
                 self._write({port: mac for port, mac in held.items() if port != name})
 
     def _with(
-        self, held: Mapping[str, str], names: Collection[str], taken: Collection[str]
+        self, held: Mapping[str, str], names: Collection[str], taken: Collection[str], heard: Collection[str]
     ) -> tuple[dict[str, str], dict[str, str]]:
         """What ``names`` get, and everything that is held after that."""
         asking, blocked = set(names), set(taken)
         after = {name: mac for name, mac in held.items() if name not in asking or self._fits(mac, blocked)}
-        used = blocked | set(after.values())
+        used = {*blocked, *after.values(), *heard}
         free = (mac for number in range(self._first, self._last + 1) if (mac := _text(number)) not in used)
         for name in names:
             if name in after:
                 continue
             found = next(free, None)
             if found is None:
-                raise self._exhausted(name, blocked)
+                raise self._exhausted(name, blocked, set(heard) - blocked - set(after.values()))
             after[name] = found
         return {name: after[name] for name in names}, after
 
     def _fits(self, mac: str, blocked: Collection[str]) -> bool:
         return self._first <= _number(mac) <= self._last and mac not in blocked
 
-    def _exhausted(self, name: str, taken: Collection[str]) -> MacRangeExhaustedError:
+    def _exhausted(
+        self, name: str, taken: Collection[str], strange: Collection[str]
+    ) -> MacRangeExhaustedError:
         size = self._last - self._first + 1
-        fixed = sum(self._first <= _number(mac) <= self._last for mac in taken)
+        fixed, foreign = self._within(taken), self._within(strange)
+        used = [
+            f"{size - fixed - foreign} are held by ports with mac: auto",
+            f"{fixed} are written in the config",
+            *([f"{foreign} are used by others on the network"] if foreign else []),
+        ]
         reason = (
-            f"no address is left for port {name}: of {size} in the range, {size - fixed} are held by ports "
-            f"with mac: auto and {fixed} are written in the config; widen the range, or remove ports"
+            f"no address is left for port {name}: of {size} in the range, {', '.join(used[:-1])} "
+            f"and {used[-1]}; widen the range, or remove ports"
         )
         shown = f"{_text(self._first)} to {_text(self._last)}"
         return MacRangeExhaustedError([Problem("mac_range", shown, reason)])
+
+    def _within(self, macs: Collection[str]) -> int:
+        return sum(self._first <= _number(mac) <= self._last for mac in macs)
 
     @contextmanager
     def _locked(self) -> Iterator[dict[str, str]]:
@@ -131,8 +150,10 @@ class MacAllocator:
             os.close(directory)
 
 
-def resolve_auto(config: Config, allocator: MacAllocator, *, keep: bool = True) -> Config:
-    """``config`` with an address for every ``mac: auto``.
+def resolve_auto(
+    config: Config, allocator: MacAllocator, heard: Collection[str] = (), *, keep: bool = True
+) -> Config:
+    """``config`` with an address for every ``mac: auto``; none of those ``heard`` is drawn.
 
     With ``keep`` false nothing is written, for a plan. Raises MacRangeExhaustedError.
     """
@@ -140,7 +161,7 @@ def resolve_auto(config: Config, allocator: MacAllocator, *, keep: bool = True) 
     taken = {mac for port in config.ports.values() if port.mac != "auto" for mac in port.mac}
     hosts = (switch.host for switch in config.switches.values())
     taken.update(host.mac for host in hosts if host is not None and host.mac is not None)
-    given = allocator.assign(asking, taken, keep=keep)
+    given = allocator.assign(asking, taken, heard, keep=keep)
     ports = {
         name: port.model_copy(update={"mac": (given[name],)}) if name in given else port
         for name, port in config.ports.items()

@@ -82,6 +82,23 @@ def test_the_end_of_the_range_is_told_and_nothing_is_kept(path: Path) -> None:
     assert allocator(path).held() == {"a": address(0)}
 
 
+def test_an_address_on_the_network_is_not_given_anew_and_not_taken_away(path: Path) -> None:
+    allocator(path).assign(["a"], ())
+    heard = {address(0), address(1)}
+    assert allocator(path).assign(["a", "b"], (), heard) == {"a": address(0), "b": address(2)}
+
+
+def test_strangers_count_when_the_range_ends(path: Path) -> None:
+    allocator(path, size=4).assign(["a"], ())
+    with pytest.raises(MacRangeExhaustedError) as caught:
+        allocator(path, size=4).assign(["b"], {address(1)}, {address(0), address(2), address(3)})
+    assert (
+        "of 4 in the range, 1 are held by ports with mac: auto, 1 are written in the config "
+        "and 2 are used by others on the network; widen the range, or remove ports"
+    ) in str(caught.value)
+    assert allocator(path).held() == {"a": address(0)}
+
+
 def test_asking_without_keeping_writes_nothing(path: Path) -> None:
     assert allocator(path).assign(["a"], (), keep=False) == {"a": address(0)}
     assert not path.parent.exists()
@@ -187,6 +204,11 @@ def test_auto_becomes_an_address_and_the_rest_stays(path: Path) -> None:
     assert config.ports["a"].mac == "auto"
     assert resolve_auto(config, allocator(path)) == resolved
     assert resolved.ports["b"] is config.ports["b"]
+
+
+def test_auto_is_drawn_around_what_was_heard(path: Path) -> None:
+    resolved = resolve_auto(parse(CONFIG), allocator(path, size=6), {address(1), address(3)})
+    assert [resolved.ports[name].mac for name in "ac"] == [(address(4),), (address(5),)]
 
 
 def test_a_plan_resolves_without_a_trace(path: Path) -> None:
