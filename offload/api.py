@@ -31,6 +31,7 @@ from offload.errors import (
     UsageError,
 )
 from offload.kernel import unix
+from offload.takeovers import DEFAULT_WITHIN
 from offload.views import (
     NicView,
     Outcome,
@@ -40,6 +41,7 @@ from offload.views import (
     QueueView,
     StatusView,
     SwitchView,
+    TakeoverView,
     View,
 )
 
@@ -55,6 +57,9 @@ _HTTP_STATUS: tuple[tuple[type[OffloadError], int], ...] = (
     (ForeignError, 409),
     (OffloadError, 500),
 )
+MIN_WITHIN, MAX_WITHIN = 5, 86_400
+"""Seconds that a takeover may be given to be confirmed."""
+
 _SHOWN = 200
 """Characters of a wrong value that an error repeats."""
 
@@ -76,8 +81,11 @@ class Service(Protocol):
 
     async def queues(self) -> list[QueueView]: ...
 
-    async def apply(self, text: str, source: str, dry_run: bool) -> Outcome:
-        """Put the config ``text`` in force, all of it or none. ``source`` names it in errors."""
+    async def apply(self, text: str, source: str, dry_run: bool, confirm_within: float) -> Outcome:
+        """Put the config ``text`` in force, all of it or none. ``source`` names it in errors.
+
+        A takeover that was never confirmed goes back after ``confirm_within`` seconds.
+        """
         ...
 
     async def port_add(self, name: str, spec: dict[str, JsonValue], keep: bool, dry_run: bool) -> Outcome:
@@ -89,6 +97,14 @@ class Service(Protocol):
         ...
 
     async def port_remove(self, name: str, dry_run: bool) -> Outcome: ...
+
+    async def confirm(self) -> TakeoverView:
+        """Keep the takeover that waits, also after a reboot; returns what was kept."""
+        ...
+
+    async def rollback(self) -> Outcome:
+        """Take the takeover that waits back at once, with the config that brought it."""
+        ...
 
     async def detach(self, everything: bool) -> Outcome:
         """Take the fast path out; with ``everything`` also the bridges and all changed settings."""
@@ -115,6 +131,14 @@ class ApplyBody(_Body):
     text: str = Field(description="The config, as YAML.")
     source: str = Field(default="config", description="What to call it in errors: the file's name.")
     dry_run: bool = Field(default=False, description="Only say what would change.")
+    confirm_within: float = Field(
+        default=DEFAULT_WITHIN,
+        ge=MIN_WITHIN,
+        le=MAX_WITHIN,
+        strict=False,
+        description="Seconds after which a takeover of a NIC with the host's addresses goes back by itself, "
+        "unless it was confirmed, now or before.",
+    )
 
 
 class PortAddBody(_Body):
@@ -192,7 +216,7 @@ def _add_changing_routes(app: FastAPI, service: Service) -> None:
     @app.put("/v1/config")
     async def apply(body: ApplyBody) -> Outcome:
         """Put a config in force: all of it or none of it."""
-        return await service.apply(body.text, body.source, body.dry_run)
+        return await service.apply(body.text, body.source, body.dry_run, body.confirm_within)
 
     @app.post("/v1/ports")
     async def port_add(body: PortAddBody) -> Outcome:
@@ -208,6 +232,16 @@ def _add_changing_routes(app: FastAPI, service: Service) -> None:
     async def port_remove(name: str, dry_run: bool = False) -> Outcome:
         """Remove a port that is not in the config file."""
         return await service.port_remove(name, dry_run)
+
+    @app.post("/v1/takeover/confirm")
+    async def confirm() -> TakeoverView:
+        """Keep the takeover that waits."""
+        return await service.confirm()
+
+    @app.post("/v1/takeover/rollback")
+    async def rollback() -> Outcome:
+        """Take the takeover that waits back at once, with the config that brought it."""
+        return await service.rollback()
 
     @app.post("/v1/detach")
     async def detach(body: DetachBody) -> Outcome:

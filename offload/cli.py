@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from offload.client import Client
-    from offload.views import Outcome
+    from offload.views import Outcome, TakeoverView
 
 MAX_CONFIG = 8 * 1024 * 1024
 """Bytes of a config file; what the daemon accepts."""
@@ -258,24 +258,81 @@ def run(file: Path, paths: Paths) -> None:
 @main.command()
 @_file_argument
 @_dry_run_option
+@click.option(
+    "--confirm-within",
+    type=click.FloatRange(5, 86_400),
+    metavar="SECONDS",
+    help="When a takeover goes back by itself (120 unless given).",
+)
 @_json_option
 @_instance_options
-def apply(file: str, dry_run: bool, as_json: bool, paths: Paths) -> None:
+def apply(file: str, dry_run: bool, confirm_within: float | None, as_json: bool, paths: Paths) -> None:
     """Hand the daemon a new config: all of it or none.
 
     FILE is the config, or - for standard input. Needs the running daemon. Prints what was
     changed. A config that is wrong is refused whole and changes nothing.
 
+    A config that takes over a NIC with the host's addresses has to be confirmed, with `offload
+    confirm`, or everything goes back to what it was.
+
     \b
     Examples:
       sudo offload apply --dry-run offload.yaml
       sudo offload apply offload.yaml
+      sudo offload apply --confirm-within 30 offload.yaml && sudo offload confirm
     """
     text, source = _read_config(file)
     # The daemon has another working directory: what it reports later must still name the file.
     source = source if file == "-" else str(Path(file).absolute())
     with _connect(paths) as client:
-        _report(client.apply(text, source, dry_run), as_json, dry_run)
+        within = {} if confirm_within is None else {"confirm_within": confirm_within}
+        outcome = client.apply(text, source, dry_run, **within)
+    _report(outcome, as_json, dry_run)
+    if outcome.takeover:
+        _say(
+            f"{_taken(outcome.takeover)}: this goes back in {outcome.takeover.seconds_left:.0f} s "
+            "unless you run `offload confirm`"
+        )
+
+
+@main.command()
+@_json_option
+@_instance_options
+def confirm(as_json: bool, paths: Paths) -> None:
+    """Keep a takeover that would otherwise undo itself.
+
+    The host's addresses stay on its interface of the switch, and the next boot takes them over
+    without asking. Needs the running daemon. `offload status` shows what waits.
+
+    \b
+    Example:
+      sudo offload confirm
+    """
+    with _connect(paths) as client:
+        kept = client.confirm()
+    if as_json:
+        _print_json(kept.model_dump(mode="json"))
+    else:
+        click.echo(f"kept: {_taken(kept)}")
+
+
+@main.command()
+@_json_option
+@_instance_options
+def rollback(as_json: bool, paths: Paths) -> None:
+    """Take back a takeover that waits for its confirmation, at once.
+
+    The config that was in force before is in force again, and the host's addresses are where
+    they were. Works with the daemon dead as well. A takeover that was confirmed is given back by
+    taking its switch out of the config.
+
+    \b
+    Example:
+      sudo offload rollback
+    """
+    from offload import operate
+
+    _report(operate.roll_back(paths), as_json, dry_run=False)
 
 
 @main.command()
@@ -414,9 +471,10 @@ def nics(names: tuple[str, ...], as_json: bool, paths: Paths) -> None:
 @_json_option
 @_instance_options
 def switches(names: tuple[str, ...], as_json: bool, paths: Paths) -> None:
-    """Show the switches: uplink, bridge, and the ports on each.
+    """Show the switches: host, VLANs and their members, bridge.
 
-    Needs the running daemon. With NAMEs, only these.
+    Also what went over the bridge, and how a Python bridge does. Needs the running daemon.
+    With NAMEs, only these.
 
     \b
     Examples:
@@ -440,8 +498,8 @@ def switches(names: tuple[str, ...], as_json: bool, paths: Paths) -> None:
 def ports(names: tuple[str, ...], as_json: bool, paths: Paths) -> None:
     """Show the ports: path, queue, traffic.
 
-    Also why a port has not got what was asked for. Needs the running daemon. With NAMEs,
-    only these. rx is towards the VM.
+    Also what was dropped and why, and why a port has not got what was asked for. Needs the
+    running daemon. With NAMEs, only these. rx is towards the VM.
 
     \b
     Examples:
@@ -501,6 +559,10 @@ def port() -> None:
 _port_argument = click.argument("name", shell_complete=_complete("ports"))
 
 
+_GUARDS = ("mac_spoofing", "dhcp_server", "router_advertisement", "link_local_protocols")
+"""The fields of ``config.AllowConfig``; importing it takes longer than --help should."""
+
+
 def _port_options(command: Command) -> Command:
     """Options for the keys of a port; only those that were given arrive, as ``spec``."""
 
@@ -514,8 +576,12 @@ def _port_options(command: Command) -> Command:
         queue: str | None,
         cpu: str | None,
         weight: int | None,
+        allow: tuple[str, ...],
+        deny: tuple[str, ...],
         **kwargs: Any,
     ) -> None:
+        if both := set(allow) & set(deny):
+            raise click.UsageError(f"{min(both)}: either --allow or --deny.")
         given: dict[str, Any] = {
             "switch": switch,
             "device": device,
@@ -523,6 +589,7 @@ def _port_options(command: Command) -> Command:
             "queue": queue,
             "cpu": int(cpu) if cpu is not None and cpu.isdecimal() else cpu,
             "weight": weight,
+            "allow": {**dict.fromkeys(allow, True), **dict.fromkeys(deny, False)} or None,
         }
         spec = {key: value for key, value in given.items() if value is not None}
         if vlan is not None:
@@ -532,6 +599,15 @@ def _port_options(command: Command) -> Command:
         command(*args, spec=spec, **kwargs)
 
     for option in (
+        click.option(
+            "--deny", type=click.Choice(_GUARDS), multiple=True, help="Switch a guard on; may be given again."
+        ),
+        click.option(
+            "--allow",
+            type=click.Choice(_GUARDS),
+            multiple=True,
+            help="Switch a guard off: what the VM may send besides; may be given again.",
+        ),
         click.option("--weight", type=click.IntRange(0, 100), help="Who gets a queue first; 0: no queue."),
         click.option("--cpu", metavar="auto|nic|CPU", help="The CPU that serves the queue."),
         click.option(
@@ -596,6 +672,7 @@ def port_set(name: str, spec: dict[str, Any], dry_run: bool, as_json: bool, path
       sudo offload port set web1 --cpu 3
       sudo offload port set web1 --queue off --dry-run
       sudo offload port set db1 --vlan none
+      sudo offload port set fw1 --allow dhcp_server --deny mac_spoofing
     """
     if not spec:
         raise click.UsageError("Nothing to set: give at least one option.")
@@ -698,6 +775,12 @@ def _report(outcome: Outcome, as_json: bool, dry_run: bool) -> None:
         would = "would be " if dry_run else ""
         click.echo(f"{number} {'change' if number == 1 else 'changes'} {would}made")
     _warn(outcome.warnings)
+
+
+def _taken(takeover: TakeoverView) -> str:
+    """``192.0.2.1/24 of eth1 taken over``."""
+    taken = (f"{', '.join(addresses)} of {nic}" for nic, addresses in takeover.nics.items())
+    return f"{'; '.join(taken)} taken over"
 
 
 def _warn(warnings: Iterable[str]) -> None:

@@ -26,7 +26,17 @@ from offload.errors import (
     UsageError,
     VerifyError,
 )
-from offload.views import NicView, Outcome, PortView, ProblemBody, QueueView, StatusView, SwitchView
+from offload.takeovers import DEFAULT_WITHIN
+from offload.views import (
+    NicView,
+    Outcome,
+    PortView,
+    ProblemBody,
+    QueueView,
+    StatusView,
+    SwitchView,
+    TakeoverView,
+)
 
 PATIENCE = 300.0
 """Seconds to wait for an answer. A first apply may compile and bring up a thousand ports."""
@@ -99,9 +109,19 @@ class Client:
         """The queues of all NICs, the default queues included."""
         return self._ask("GET", "/v1/queues", list[QueueView])
 
-    def apply(self, text: str, source: str, dry_run: bool = False) -> Outcome:
-        """Put the config ``text`` in force, all of it or none; ``source`` names it in errors."""
-        body: JsonValue = {"text": text, "source": source, "dry_run": dry_run}
+    def apply(
+        self, text: str, source: str, dry_run: bool = False, confirm_within: float = DEFAULT_WITHIN
+    ) -> Outcome:
+        """Put the config ``text`` in force, all of it or none; ``source`` names it in errors.
+
+        A takeover that was never confirmed goes back after ``confirm_within`` seconds.
+        """
+        body: JsonValue = {
+            "text": text,
+            "source": source,
+            "dry_run": dry_run,
+            "confirm_within": confirm_within,
+        }
         return self._ask("PUT", "/v1/config", Outcome, body)
 
     def port_add(
@@ -120,6 +140,14 @@ class Client:
         """Remove a port."""
         query = f"?dry_run={str(dry_run).lower()}"
         return self._ask("DELETE", f"/v1/ports/{quote(name, safe='')}{query}", Outcome)
+
+    def confirm(self) -> TakeoverView:
+        """Keep the takeover that waits; returns what was kept."""
+        return self._ask("POST", "/v1/takeover/confirm", TakeoverView)
+
+    def rollback(self) -> Outcome:
+        """Take the takeover that waits back at once."""
+        return self._ask("POST", "/v1/takeover/rollback", Outcome)
 
     def detach(self, everything: bool = False) -> Outcome:
         """Take the fast path out; with ``everything`` all of ours."""

@@ -182,7 +182,7 @@ class VlanMode:
         if not self.trunk:
             return str(self.native or "-")
         native = "" if self.native is None else f"/native:{self.native}"
-        return f"trunk:{_vid_list(self.trunk)}{native}"
+        return f"trunk:{vid_ranges(self.trunk)}{native}"
 
     @staticmethod
     def parse(text: str) -> VlanMode:
@@ -207,7 +207,7 @@ class VlanMode:
         """The form of the config file."""
         if not self.trunk:
             return self.native or None
-        ranges = [_number(item) for item in _vid_list(self.trunk).split(",")]
+        ranges = [_number(item) for item in vid_ranges(self.trunk).split(",")]
         return {"trunk": ranges} if self.native is None else {"trunk": ranges, "native": self.native}
 
 
@@ -215,7 +215,7 @@ def _number(text: str) -> int | str:
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
 
 
-def _vid_list(vids: Iterable[int]) -> str:
+def vid_ranges(vids: Iterable[int]) -> str:
     """``{10, 11, 12, 20}`` becomes ``10-12,20``."""
     runs: list[list[int]] = []
     for vid in sorted(vids):
@@ -380,13 +380,22 @@ class HostConfig(_Model):
     routes: Annotated[tuple[RouteConfig, ...], Field(strict=False)] = ()
 
 
+class ExtensionConfig(BaseModel):
+    """An extension of a Python bridge, found by the name of its entry point; it checks its own options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: ObjectName = Field(description="the name of an extension that is installed, such as mirror")
+
+
 class SwitchConfig(_Model):
-    """A virtual switch. ``uplink`` is set for an external one and for no other."""
+    """A virtual switch. ``uplink`` is for an external one alone, ``host`` always for an internal one."""
 
     type: Literal["private", "internal", "external"] = Field(description="private, internal or external")
     uplink: InterfaceName | None = None
     host: HostConfig | None = None
     bridge: Literal["kernel", "python"] = "kernel"
+    extensions: Annotated[tuple[ExtensionConfig, ...], Field(strict=False)] = ()
 
 
 class OwnerConfig(_Model):
@@ -636,8 +645,19 @@ def _switch_shape(switch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "uplink", "missing: an external switch needs the NIC that it shares"
     if kind in ("private", "internal") and has_uplink:
         yield "uplink", f"must be absent: a switch of type {kind} has no uplink"
-    if kind == "private" and switch.get("host") is not None:
+    has_host = switch.get("host") is not None
+    if kind == "private" and has_host:
         yield "host", "must be absent: the host has no part in a private switch; use type: internal"
+    if switch.get("extensions") and switch.get("bridge") != "python":
+        yield "extensions", "must be absent: only a switch with bridge: python has extensions"
+    if kind == "internal" and not has_host:
+        yield "host", "missing: an internal switch joins the host to its VMs; without it use type: private"
+    if kind == "external" and has_host and switch.get("bridge") == "python":
+        yield (
+            "host",
+            "must be absent with bridge: python: the host's own traffic shall not hang on a process; "
+            "use bridge: kernel",
+        )
 
 
 def _clashes(config: Config, document: Document) -> Iterator[Problem]:
@@ -708,11 +728,18 @@ def _interface_faults(config: Config) -> Iterator[Fault]:
     claims: list[tuple[Location, str, str]] = [(("nics", name), name, "") for name in config.nics]
     for name, switch in config.switches.items():
         claims.append((("switches", name), name, "must not be the name of another interface"))
+        if switch.bridge == "python":
+            inner = conduit_inner(name)
+            allowed = f"its Python bridge is at an interface {inner}: must not be the name of another"
+            claims.append((("switches", name, "bridge"), inner, allowed))
         if switch.uplink is not None and switch.uplink not in config.nics:
             claims.append((("switches", name, "uplink"), switch.uplink, "must be a NIC of its own"))
         if switch.host is not None:
             place = ("switches", name, "host", "interface")
             claims.append((place, switch.host.interface, "must not be the name of another interface"))
+            inner = host_inner(switch.host.interface)
+            allowed = f"its end at the switch is {inner}: must not be the name of another interface"
+            claims.append((place, inner, allowed))
     for name, port in config.ports.items():
         if port.device is not None:
             claims.append((("ports", name, "device"), port.device, "must be a device of its own"))
@@ -728,16 +755,20 @@ def _interface_faults(config: Config) -> Iterator[Fault]:
 def _bridge_faults(config: Config) -> Iterator[Fault]:
     members = Counter(port.switch for port in config.ports.values() if port.device is not None)
     for name, switch in config.switches.items():
-        count = members[name] + (switch.uplink is not None)
+        count = members[name] + (switch.uplink is not None) + (switch.host is not None)
         if switch.bridge == "kernel" and count > MAX_BRIDGE_PORTS:
             allowed = f"has {count} devices, uplink included; a kernel bridge takes {MAX_BRIDGE_PORTS}"
             yield ("switches", name), "", f"{allowed}: move ports to another switch"
 
 
 def _filter_faults(config: Config) -> Iterator[Fault]:
-    """No two ports on one NIC (or on one switch without a NIC) share a MAC in one VLAN."""
+    """No two ports on one NIC (or on one switch without a NIC) share a MAC in one VLAN, nor the host's."""
     counts: Counter[Location] = Counter()
-    owners: dict[tuple[Location, str, int], str] = {}
+    owners: dict[tuple[Location, str, int], Location] = {}
+    for switch_name, shared_by in config.switches.items():
+        if shared_by.host is not None and shared_by.host.mac is not None:
+            at: Location = ("nics", shared_by.uplink) if shared_by.uplink else ("switches", switch_name)
+            owners[at, shared_by.host.mac, shared_by.host.vlan or 0] = ("switches", switch_name, "host")
     for name, port in config.ports.items():
         switch = config.switches.get(port.switch)
         where: Location = ("switches", port.switch)
@@ -748,16 +779,16 @@ def _filter_faults(config: Config) -> Iterator[Fault]:
         if port.mac == "auto" or counts[where] > MAX_FILTERS:
             continue
         for index, mac in enumerate(port.mac):
-            shared: dict[str, list[int]] = {}
+            own: Location = ("ports", name)
+            shared: dict[Location, list[int]] = {}
             for vid in port.vlan.vids:
-                other = owners.setdefault((where, mac, vid), name)
-                if other != name:
+                other = owners.setdefault((where, mac, vid), own)
+                if other != own:
                     shared.setdefault(other, []).append(vid)
             for other, vids in shared.items():
                 place: Location = ("ports", name, "mac", *((index,) if len(port.mac) > 1 else ()))
-                vlan = "untagged" if vids == [0] else f"VID {_vid_list(vids)}"
-                owner = dotted(("ports", other))
-                yield place, mac, f"must be unique on {dotted(where)} ({vlan}): {owner} has it"
+                vlan = "untagged" if vids == [0] else f"VID {vid_ranges(vids)}"
+                yield place, mac, f"must be unique on {dotted(where)} ({vlan}): {dotted(other)} has it"
     for where, count in counts.items():
         if where[0] == "nics" and count > MAX_FILTERS:
             allowed = f"has {count} filters (addresses times VIDs of its ports); at most {MAX_FILTERS}"
@@ -770,17 +801,6 @@ def _filter_faults(config: Config) -> Iterator[Fault]:
 def unsupported(config: Config) -> list[Problem]:
     """What the grammar allows and this version cannot do, with a remedy for each."""
     faults: list[Fault] = []
-    for name, switch in config.switches.items():
-        at = ("switches", name)
-        if switch.type != "external":
-            faults.append(
-                ((*at, "type"), switch.type, "not in this version: use type: external with an uplink")
-            )
-        if switch.host is not None:
-            remedy = "not in this version: remove host:, and reach the host over another adapter"
-            faults.append(((*at, "host"), switch.host.interface, remedy))
-        if switch.bridge != "kernel":
-            faults.append(((*at, "bridge"), switch.bridge, "not in this version: use bridge: kernel"))
     for name, port in config.ports.items():
         at = ("ports", name)
         if port.af_xdp is not None:
@@ -794,6 +814,22 @@ def unsupported(config: Config) -> list[Problem]:
     return [_problem(Document(None), fault) for fault in faults]
 
 
+def conduit_inner(switch: str) -> str:
+    """The interface where the Python bridge of a switch listens."""
+    return _derived(switch, "-py")
+
+
+def host_inner(interface: str) -> str:
+    """The switch's end of the host's interface."""
+    return _derived(interface, "-sw")
+
+
+def _derived(name: str, suffix: str) -> str:
+    """``name`` with a suffix, cut to what the kernel takes: 15 bytes (IFNAMSIZ less the NUL)."""
+    room = 15 - len(suffix)
+    return name.encode()[:room].decode(errors="ignore") + suffix
+
+
 def require_supported(config: Config, source: str = "config") -> None:
     """Raises UnsupportedError that lists everything of ``unsupported``."""
     problems = unsupported(config)
@@ -803,18 +839,11 @@ def require_supported(config: Config, source: str = "config") -> None:
 
 def warnings(config: Config) -> list[str]:
     """What is accepted and has no effect yet, each once, for people."""
-    told = []
-    if config.ports:
-        told.append(
-            "port guards (allow:) are not enforced in this version: "
-            "a port may send with any address, as a DHCP server, and as a router"
-        )
-    told += [
+    return [
         f"{dotted(('nics', name, 'queues', 'rebalance'))}: queues do not move between CPUs in this version"
         for name, nic in config.nics.items()
         if nic.queues.rebalance
     ]
-    return told
 
 
 def cpus_named(config: Config) -> dict[str, int]:

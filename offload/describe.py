@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 
 from pydantic import JsonValue
 
 from offload.model import (
+    Address,
     AdminUp,
     Bridge,
     BridgePort,
+    BridgeVlans,
+    Carried,
     Change,
+    Conduit,
     DeviceResource,
     Fdb,
     Feature,
     Filter,
-    Guard,
+    HostPair,
     Ipv6Disabled,
+    LinkDns,
     Master,
+    Member,
+    MemberRow,
+    Network,
     PeerFeature,
     PortRecord,
     PortSlot,
     Promiscuous,
+    PythonBridge,
     QueueCpu,
     Resource,
+    Roster,
+    Route,
+    RouteTarget,
+    Station,
+    Trunk,
     Uplink,
 )
 from offload.plan import RUNNING
@@ -61,13 +76,38 @@ def _text(change: Change) -> str:
     match change.resource:
         case Bridge(name):
             return f"remove the bridge {name}" if gone else f"make the bridge {name}"
+        case Conduit(name):
+            return f"remove the veth pair {name}" if gone else f"make {name}, a veth pair to a Python bridge"
+        case HostPair(name, inner):
+            return _host_pair(name, inner, change)
+        case Address(interface, address):
+            return f"take {address} from {interface}" if gone else f"give {interface} the address {address}"
+        case Carried(device, _, address):
+            return (
+                f"take the host's address {address} off {device}"
+                if gone
+                else f"give {device} back the host's address {address}"
+            )
+        case Route(to):
+            return _route(to, change)
+        case LinkDns(interface):
+            return f"let systemd-resolved ask the DNS servers of the uplink through {interface}"
+        case Network(_):
+            return f"{_verb(change)} what the programs know of the switch {_named(change)}"
+        case Roster(switch):
+            return f"{_verb(change)} what the Python bridge of {switch} knows of its devices"
+        case PythonBridge(switch):
+            return f"end the Python bridge of {switch}" if gone else f"start the Python bridge of {switch}"
+        case Trunk(port_id):
+            return f"{_verb(change)} the VLANs of port {port_id}"
+        case Station(_, mac, vid):
+            return _station(mac, vid, change)
         case Master(device):
             return _master(device, change)
-        case Fdb(device, _, mac):
+        case Fdb(device, _, mac, vid):
+            what = f"{mac}{f', VLAN {vid},' if vid else ''} is"
             return (
-                f"forget on the bridge where {mac} is"
-                if gone
-                else f"tell the bridge that {mac} is at {device}"
+                f"forget on the bridge where {what}" if gone else f"tell the bridge that {what} at {device}"
             )
         case Filter(device, _, mac, vid):
             where = f"frames for {mac}, {_vlan(vid)}, on {device}"
@@ -80,6 +120,43 @@ def _text(change: Change) -> str:
             return _setting(change.resource, change)
         case _:
             return f"{_verb(change)} {_name(change.resource)}"
+
+
+def _host_pair(name: str, inner: str, change: Change) -> str:
+    match change.before, change.after:
+        case _, None:
+            return f"remove the host's interface {name}"
+        case None, _:
+            return f"make the host's interface {name}, with {inner} at the switch"
+        case _, (mac, mtu):
+            return f"give the host's interface {name} the MAC {mac} and the MTU {mtu}"
+        case _:
+            return f"change the host's interface {name}"
+
+
+def _route(to: str, change: Change) -> str:
+    where = "default" if to in ("0.0.0.0/0", "::/0") else to
+    if not isinstance(change.after, tuple):
+        return f"remove the route to {where}"
+    target = RouteTarget.of(change.after)
+    return f"lead {where} through {target.device}" + (f" via {target.via}" if target.via else "")
+
+
+def _named(change: Change) -> str:
+    value = change.before if change.after is None else change.after
+    return str(value[0]) if isinstance(value, tuple) else "?"
+
+
+def _station(mac: str, vid: int, change: Change) -> str:
+    match change.before, change.after:
+        case _, None:
+            return f"take {mac}, {_vlan(vid)}, from its switch"
+        case None, (port_id, *_):
+            return f"expect {mac}, {_vlan(vid)}, at port {port_id}"
+        case _, (port_id, _, state):
+            return f"note that {mac}, {_vlan(vid)}, of port {port_id} is {state}"
+        case _:
+            return f"change {mac}, {_vlan(vid)}"
 
 
 def _port(port_id: int, change: Change) -> str:
@@ -116,16 +193,20 @@ def _setting(resource: DeviceResource, change: Change) -> str:
             return f"switch {feature} of the other end of {device} {on}"
         case Ipv6Disabled(), _:
             return f"switch IPv6 on {device} {'off' if after else 'on'}"
-        case BridgePort(), (learning, flood):
+        case BridgePort(), (learning, flood, group_forward):
             words = ("off", "on")
             return (
-                f"switch address learning {words[bool(learning)]} and "
-                f"flooding of unknown addresses {words[bool(flood)]} at {device}"
+                f"switch address learning {words[bool(learning)]}, "
+                f"flooding of unknown addresses {words[bool(flood)]} and "
+                f"link-local protocols {words[bool(group_forward)]} at {device}"
             )
-        case Guard(), (_, pvid, _) if isinstance(pvid, int):
-            return f"let only frames of its own, {_vlan(pvid)}, through to {device}"
-        case Guard(), None:
-            return f"take the guard at {device} away"
+        case BridgeVlans(), (untagged, tagged) if isinstance(tagged, tuple):
+            own = f"{len(tagged)} VLANs tagged" if len(tagged) > 8 else f"VLANs {_list(tagged)} tagged"
+            return f"let the bridge carry {own} and {untagged or 'none'} untagged at {device}"
+        case Member(), None:
+            return f"take the switch programs off {device}"
+        case Member(), value if isinstance(value, tuple):
+            return _member(device, MemberRow.of(value), change)
         case Uplink(), (mode, _):
             verb = "attach" if change.before is None else "replace"
             return f"{verb} the XDP program on {device} ({mode} mode)"
@@ -137,6 +218,26 @@ def _setting(resource: DeviceResource, change: Change) -> str:
             return f"let CPU {cpu} serve queues of {device}, with a ring of {after} frames"
         case _:
             return f"{_verb(change)} {_name(resource)}"
+
+
+def _member(device: str, row: MemberRow, change: Change) -> str:
+    """What the programs at a device do with its frames."""
+    match row.role:
+        case "silent":
+            return f"keep the host from hearing and speaking on {device}"
+        case "conduit":
+            return f"carry frames of a Python bridge through {device}"
+        case "uplink":
+            return f"watch what comes in from {device}"
+    verb = "switch" if change.before is None else "change how to switch"
+    mode = "the VLANs of its trunk" if row.trunk else _vlan(row.pvid or 0)
+    allowed = f", allowing {_list(sorted(row.allow))}" if row.allow else ""
+    past = "" if row.bypass else ", all of it through the bridge"
+    return f"{verb} what {device} sends and gets: {mode}{allowed}{past}"
+
+
+def _list(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items)) or "none"
 
 
 def _vlan(vid: int) -> str:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from offload.errors import OffloadError
-from offload.kernel import host, managers, netdev, programs
+from offload.kernel import bypassed, host, managers, netdev, programs
+from offload.kernel.bypassed import Found, Place
 from offload.kernel.ethtool import Channels, Ethtool, Peers
 from offload.kernel.host import Answer
 from offload.kernel.links import Links
@@ -36,7 +38,7 @@ _OPTIONAL = frozenset({"bridge_vlan_filtering", "tcx", "cap_net_raw", "cap_sys_a
 class Finding:
     """One thing that was looked at.
 
-    ``check`` is a stable name for programs, ``subject`` is ``host`` or a NIC's name,
+    ``check`` is a stable name for programs, ``subject`` is ``host``, a NIC's name or ``port NAME``,
     ``remedy`` is empty where nothing needs to be done.
     """
 
@@ -72,9 +74,15 @@ class Probes:
     xdp_features: Callable[[str, int], XdpFeatures]
     program: Callable[[int], Program]
     managers: Callable[[str, int], Sequence[Manager]]
+    bypassed: Callable[[Mapping[str, Place]], Found]
 
 
-def diagnose(paths: Paths, nics: Sequence[str] | None = None, own_bridges: Sequence[str] = ()) -> Report:
+def diagnose(
+    paths: Paths,
+    nics: Sequence[str] | None = None,
+    own_bridges: Sequence[str] = (),
+    ports: Mapping[str, Place] | None = None,
+) -> Report:
     """Examine this host with the real probes; arguments as for ``examine``."""
     with Links() as links, Ethtool() as ethtool:
         probes = Probes(
@@ -86,8 +94,9 @@ def diagnose(paths: Paths, nics: Sequence[str] | None = None, own_bridges: Seque
             xdp_features=netdev.xdp_features,
             program=programs.describe,
             managers=managers.managers,
+            bypassed=bypassed.look,
         )
-        return examine(paths, links.snapshot(), probes, nics, own_bridges)
+        return examine(paths, links.snapshot(), probes, nics, own_bridges, ports or {})
 
 
 def examine(
@@ -96,11 +105,13 @@ def examine(
     probes: Probes,
     nics: Sequence[str] | None = None,
     own_bridges: Sequence[str] = (),
+    ports: Mapping[str, Place] = MappingProxyType({}),
 ) -> Report:
     """Return what is well and what is not.
 
     ``nics`` are the devices to look at; by default all that are hardware. ``own_bridges``
-    are the bridges that this instance made: a NIC may be in one of those.
+    are the bridges that this instance made: a NIC may be in one of those. ``ports`` are those that
+    may take the fast path.
     """
     if nics is None:
         nics = sorted(link.name for link in links.values() if link.kind is None and link.name != "lo")
@@ -110,7 +121,17 @@ def examine(
             findings.extend(_nic(links[name], paths, links, probes, own_bridges))
         else:
             findings.append(Finding("device", "fail", name, "there is no such device", "see `ip link`"))
+    findings.extend(_ports(probes.bypassed(ports), ports))
     return Report(tuple(findings))
+
+
+def _ports(found: Found, ports: Mapping[str, Place]) -> Iterator[Finding]:
+    for name, passed in found.ports.items():
+        yield Finding("bypassed", "warn", f"port {name}", bypassed.words(passed), bypassed.REMEDY)
+    for why in found.unread:
+        yield Finding("bypassed", "warn", "host", f"could not tell what the fast path passes by: {why}")
+    if ports and not found.ports and not found.unread:
+        yield Finding("bypassed", "ok", "host", "the fast path passes by no filter and no qdisc")
 
 
 def _peer_channels(peers: Peers, link: Link) -> Channels:

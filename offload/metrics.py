@@ -26,15 +26,28 @@ from prometheus_client.samples import Sample
 import offload
 from offload.config import split_listen
 from offload.errors import OffloadError, PrivilegeError, UsageError
-from offload.views import PORT_STATES, QUEUE_STATES, NicView, PortView, QueueView
+from offload.views import PORT_STATES, QUEUE_STATES, Counters, NicView, PortView, QueueView, SwitchView
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of ``offload_reconcile_duration_seconds``, in seconds."""
 
 _FAMILIES: dict[str, tuple[Callable[[str, str], Metric], str]] = {
-    "offload_port_packets": (CounterMetricFamily, "Frames of a port; direction rx is towards the VM."),
-    "offload_port_bytes": (CounterMetricFamily, "Bytes of a port's frames; direction rx is towards the VM."),
-    "offload_port_drops": (CounterMetricFamily, "Frames of a port that were dropped, by reason."),
+    "offload_port_packets": (
+        CounterMetricFamily,
+        "Frames of a port by path; direction rx is towards the VM, tx is what it sent.",
+    ),
+    "offload_port_bytes": (
+        CounterMetricFamily,
+        "Bytes of a port's frames by path; direction rx is towards the VM, tx is what it sent.",
+    ),
+    "offload_port_drops": (
+        CounterMetricFamily,
+        "Frames of a port that were dropped, both directions, by reason.",
+    ),
+    "offload_port_moves": (
+        CounterMetricFamily,
+        "Times that an address of a port was heard from the wire instead: its VM moved, or it is used twice.",
+    ),
     "offload_port": (InfoMetricFamily, "What a port is."),
     "offload_port_state": (GaugeMetricFamily, "1 for the state that a port is in, 0 for the others."),
     "offload_queue_packets": (
@@ -42,7 +55,10 @@ _FAMILIES: dict[str, tuple[Callable[[str, str], Metric], str]] = {
         "Frames sorted into a queue; queue 0 is the default queue.",
     ),
     "offload_queue_bytes": (CounterMetricFamily, "Bytes of the frames sorted into a queue."),
-    "offload_queue_drops": (CounterMetricFamily, "Frames sorted into a queue and lost before the hand-over."),
+    "offload_queue_drops": (
+        CounterMetricFamily,
+        "Frames sorted into a queue and lost before the hand-over, by reason.",
+    ),
     "offload_queue": (InfoMetricFamily, "What a queue is: default, hardware or software."),
     "offload_queue_cpu": (
         GaugeMetricFamily,
@@ -52,6 +68,27 @@ _FAMILIES: dict[str, tuple[Callable[[str, str], Metric], str]] = {
     "offload_default_queue_packets": (
         CounterMetricFamily,
         "Frames that went to the default queue, by reason.",
+    ),
+    "offload_host_packets": (
+        CounterMetricFamily,
+        "Frames of the host's interface on a switch by path; direction rx is towards the host.",
+    ),
+    "offload_host_bytes": (
+        CounterMetricFamily,
+        "Bytes of the frames of the host's interface on a switch by path; rx is towards the host.",
+    ),
+    "offload_host_drops": (
+        CounterMetricFamily,
+        "Frames of the host's interface on a switch that were dropped, both directions, by reason.",
+    ),
+    "offload_bridge_up": (
+        GaugeMetricFamily,
+        "1 while the process of a switch's Python bridge runs, 0 when not.",
+    ),
+    "offload_bridge_frames": (CounterMetricFamily, "Frames that a switch's Python bridge has read."),
+    "offload_bridge_drops": (
+        CounterMetricFamily,
+        "Frames that a switch's Python bridge lost or dropped, by reason.",
     ),
     "offload_filters": (GaugeMetricFamily, "Filters in a NIC's table."),
     "offload_queues_waiting": (GaugeMetricFamily, "Ports that want a queue of a NIC and have none."),
@@ -92,6 +129,7 @@ class Scrape:
     ports: Sequence[PortView]
     queues: Sequence[QueueView]
     nics: Sequence[NicView]
+    switches: Sequence[SwitchView]
     durations: Durations
     load_error: bool
 
@@ -121,6 +159,7 @@ class OffloadCollector(Collector):
         _ports(families, scrape.ports)
         _queues(families, scrape.queues)
         _nics(families, scrape.nics)
+        _switches(families, scrape.switches)
         _daemon(families, scrape.durations, scrape.load_error)
         return iter(families.values())
 
@@ -139,23 +178,29 @@ def _sample(metric: Metric, suffix: str, labels: dict[str, str], value: float) -
     metric.samples.append(Sample(metric.name + suffix, labels, value))
 
 
+def _traffic(families: dict[str, Metric], kind: str, owner: dict[str, str], counters: Counters) -> None:
+    """Frames, bytes and drops of a port or of the host; ``owner`` are the labels that name it."""
+    packets, octets = families[f"offload_{kind}_packets"], families[f"offload_{kind}_bytes"]
+    for direction, paths in (("rx", counters.rx), ("tx", counters.tx)):
+        for path, traffic in paths.items():
+            labels = {**owner, "direction": direction, "path": path}
+            _sample(packets, "_total", labels, traffic.packets)
+            _sample(octets, "_total", labels, traffic.bytes)
+    for reason, count in counters.drops.items():
+        if count:
+            _sample(families[f"offload_{kind}_drops"], "_total", {**owner, "reason": reason}, count)
+
+
 def _ports(families: dict[str, Metric], ports: Sequence[PortView]) -> None:
-    packets, octets = families["offload_port_packets"], families["offload_port_bytes"]
-    drops, info, state = (
-        families["offload_port_drops"],
+    moves, info, state = (
+        families["offload_port_moves"],
         families["offload_port"],
         families["offload_port_state"],
     )
     for port in ports:
-        for direction, paths in (("rx", port.counters.rx), ("tx", port.counters.tx)):
-            for path, traffic in paths.items():
-                labels = {"port": port.name, "switch": port.switch, "direction": direction, "path": path}
-                _sample(packets, "_total", labels, traffic.packets)
-                _sample(octets, "_total", labels, traffic.bytes)
-        for reason, count in port.counters.drops.items():
-            if count:
-                labels = {"port": port.name, "switch": port.switch, "reason": reason}
-                _sample(drops, "_total", labels, count)
+        owner = {"port": port.name, "switch": port.switch}
+        _traffic(families, "port", owner, port.counters)
+        _sample(moves, "_total", owner, port.moves)
         about = {
             "port": port.name,
             "switch": port.switch,
@@ -173,7 +218,8 @@ def _queues(families: dict[str, Metric], queues: Sequence[QueueView]) -> None:
         labels = {"nic": queue.nic, "queue": str(queue.id)}
         _sample(families["offload_queue_packets"], "_total", labels, queue.packets)
         _sample(families["offload_queue_bytes"], "_total", labels, queue.bytes)
-        _sample(families["offload_queue_drops"], "_total", labels, queue.drops)
+        for reason, count in queue.drops_by_reason.items():
+            _sample(families["offload_queue_drops"], "_total", labels | {"reason": reason}, count)
         _sample(families["offload_queue"], "_info", labels | {"kind": queue.kind}, 1)
         if queue.cpu is not None:
             _sample(families["offload_queue_cpu"], "", labels, queue.cpu)
@@ -190,6 +236,18 @@ def _nics(families: dict[str, Metric], nics: Sequence[NicView]) -> None:
         _sample(families["offload_queues_waiting"], "", labels, nic.queues_waiting)
         if nic.program and nic.program.run_seconds is not None:
             _sample(families["offload_program_run_seconds"], "_total", labels, nic.program.run_seconds)
+
+
+def _switches(families: dict[str, Metric], switches: Sequence[SwitchView]) -> None:
+    for switch in switches:
+        labels = {"switch": switch.name}
+        if host := switch.host_interface:
+            _traffic(families, "host", labels | {"interface": host.interface}, host.counters)
+        if bridge := switch.python_bridge:
+            _sample(families["offload_bridge_up"], "", labels, bridge.running)
+            _sample(families["offload_bridge_frames"], "_total", labels, bridge.frames)
+            for reason, count in bridge.drops.items():
+                _sample(families["offload_bridge_drops"], "_total", labels | {"reason": reason}, count)
 
 
 def _daemon(families: dict[str, Metric], durations: Durations, load_error: bool) -> None:

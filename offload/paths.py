@@ -32,6 +32,16 @@ class Paths:
         return self.run_dir / "journal.jsonl"
 
     @property
+    def pending(self) -> Path:
+        """A takeover that waits for its confirmation."""
+        return self.run_dir / "takeover.json"
+
+    @property
+    def takeovers(self) -> Path:
+        """Takeovers that were confirmed."""
+        return self.state_dir / "takeovers.json"
+
+    @property
     def run_ports(self) -> Path:
         """Port files that last until reboot."""
         return self.run_dir / "ports.d"
@@ -42,6 +52,15 @@ class Paths:
         return self.state_dir / "ports.d"
 
     @property
+    def bridges(self) -> Path:
+        """What the Python bridges are told, and what they tell."""
+        return self.run_dir / "bridges"
+
+    def bridge_lock(self, switch: str) -> Path:
+        """Held by the process of a switch's Python bridge."""
+        return self.bridges / f"{switch}.lock"
+
+    @property
     def cache(self) -> Path:
         """Compiled programs."""
         return self.state_dir / "cache"
@@ -49,4 +68,4 @@ class Paths:
     @property
     def objects(self) -> Path:
         """Pinned programs, maps and links. The name changes when their layout does."""
-        return self.pin_dir / "v1"
+        return self.pin_dir / "v2"

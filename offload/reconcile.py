@@ -15,7 +15,7 @@ from .config import Config
 from .describe import describe
 from .errors import OffloadError, VerifyError
 from .journal import Journal
-from .model import Bridge, Change, DeviceResource, Resource, State, Value
+from .model import Bridge, Change, Conduit, DeviceResource, HostPair, Resource, State, Value
 from .plan import SETTINGS, Desired, Facts, desire, difference, without_fast_path
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Kernel(Protocol):
         *,
         detached: bool = ...,
         failed: Mapping[str, str] | None = ...,
+        may_take: bool = ...,
     ) -> Facts: ...
 
     def observe(self, facts: Facts, wanted: State, originals: State) -> dict[Resource, Value]: ...
@@ -69,7 +70,7 @@ class Reconciler:
 
     def plan(self, config: Config, *, detached: bool = False) -> Result:
         """What ``apply`` would do, changing nothing. Raises what ``apply`` would refuse."""
-        facts, desired, changes = self._compare(config, detached, {})
+        facts, desired, changes = self._compare(config, detached, {}, may_take=True)
         _raise_first(desired.refusals)
         return Result(facts, desired, changes, {})
 
@@ -91,7 +92,7 @@ class Reconciler:
         made: list[Change] = []
         rounds = 0
         while rounds < _ROUNDS:
-            facts, desired, changes = self._compare(config, detached, left_out)
+            facts, desired, changes = self._compare(config, detached, left_out, may_take=strict)
             self._forget_gone(facts)
             if strict and desired.refusals:
                 self._undo(made)
@@ -110,7 +111,7 @@ class Reconciler:
             else:
                 made += changes
                 rounds += 1
-        _, _, rest = self._compare(config, detached, left_out)
+        _, _, rest = self._compare(config, detached, left_out, may_take=strict)
         if not rest:
             return Result(facts, desired, tuple(made), left_out)
         self._undo(made if strict else [])
@@ -132,10 +133,10 @@ class Reconciler:
         return changes
 
     def _compare(
-        self, config: Config, detached: bool, failed: Mapping[str, str]
+        self, config: Config, detached: bool, failed: Mapping[str, str], *, may_take: bool
     ) -> tuple[Facts, Desired, tuple[Change, ...]]:
         originals = self._journal.originals()
-        facts = self._kernel.facts(config, originals, detached=detached, failed=failed)
+        facts = self._kernel.facts(config, originals, detached=detached, failed=failed, may_take=may_take)
         desired = desire(config, facts)
         observed = self._kernel.observe(facts, desired.state, originals)
         return facts, desired, difference(observed, desired.state, originals)
@@ -146,7 +147,7 @@ class Reconciler:
         self._journal.forget(
             resource
             for resource in self._journal.originals()
-            if isinstance(resource, DeviceResource) and resource.ifindex not in live
+            if isinstance(resource, DeviceResource) and resource.ifindex and resource.ifindex not in live
         )
 
     def _carry_out(self, changes: tuple[Change, ...], wanted: State) -> None:
@@ -154,7 +155,8 @@ class Reconciler:
         settings: dict[Resource, Value] = {
             change.resource: change.before
             for change in changes
-            if change.resource in wanted and isinstance(change.resource, (*SETTINGS, Bridge))
+            if change.resource in wanted
+            and isinstance(change.resource, (*SETTINGS, Bridge, Conduit, HostPair))
         }
         untouched = settings.keys() - self._journal.originals().keys()
         self._journal.record_all(settings)

@@ -2,45 +2,89 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .config import Config, PortConfig
-from .model import Link
+from .bridge.state import BridgeState
+from .config import Config, PortConfig, vid_ranges
+from .model import Filter, Link, StationRow, StationState
 from .plan import Desired, PortDecision
 from .views import (
     CounterPath,
     Counters,
     Counts,
+    DefaultPath,
+    ExtensionView,
+    HostView,
+    NetworkView,
     NicView,
     PortQueue,
     PortView,
     ProgramView,
+    PythonBridgeView,
     QueueFilter,
     QueueState,
     QueueView,
+    StationView,
     SwitchView,
     Traffic,
 )
 
 
 @dataclass(frozen=True)
+class HeardAddress:
+    """Where an address of a port was heard last, and how often that was from the wire after the port."""
+
+    state: StationState
+    moves: int
+    since: int = 0
+
+
+@dataclass(frozen=True)
 class Reading:
     """Counters of one moment.
 
-    ``ports`` is indexed by port id and has the fields of ``struct port_counters``; ``nics`` those of
-    ``struct nic_counters``, by NIC. ``lost`` are frames that vanished on their way to the
-    queue's CPU, by port id. ``programs`` is tag and run time in seconds by NIC; ``filters`` their number.
+    ``ports`` is indexed by port id and has the fields of ``struct port_counters``; ``ids`` are the port
+    ids by the names of their rows, hosts and uplinks among them. ``nics`` has the fields of
+    ``struct nic_counters``, by NIC. ``lost`` are frames that vanished on their way to the queue's CPU,
+    by port id. ``programs`` is digest, tag and run time in seconds by NIC; ``filters`` their number.
+    ``heard`` has a port's addresses by port id and MAC, ``moves`` how often they went to the wire in
+    all, by port id. ``untagged`` is the VID of a bridge's untagged frames, by switch; ``host_addresses``
+    are those that the host has now, by interface. ``bridges`` are the Python bridges, by switch.
     """
 
     links: Mapping[str, Link] = field(default_factory=dict)
+    ids: Mapping[str, int] = field(default_factory=dict)
     ports: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     nics: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     lost: Mapping[int, int] = field(default_factory=dict)
     programs: Mapping[str, tuple[str, str, float | None]] = field(default_factory=dict)
     filters: Mapping[str, int] = field(default_factory=dict)
     drivers: Mapping[str, str] = field(default_factory=dict)
+    heard: Mapping[int, Mapping[str, HeardAddress]] = field(default_factory=dict)
+    moves: Mapping[int, int] = field(default_factory=dict)
+    untagged: Mapping[str, int] = field(default_factory=dict)
+    host_addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    bridges: Mapping[str, PythonBridgeView] = field(default_factory=dict)
+
+
+def heard_addresses(
+    stations: Mapping[tuple[int, str, int], StationRow],
+) -> dict[int, dict[str, HeardAddress]]:
+    """The addresses of each port id by MAC: what was heard last, in whichever VLAN.
+
+    A station's ``moves`` counts both ways, so about half of them went to the wire.
+    """
+    found: dict[int, dict[str, HeardAddress]] = {}
+    for (_, mac, _), row in stations.items():
+        away = (row.moves + (row.state == "away")) // 2
+        addresses = found.setdefault(row.port, {})
+        known = addresses.get(mac, HeardAddress(row.state, 0, row.since))
+        state, since = (row.state, row.since) if row.since > known.since else (known.state, known.since)
+        addresses[mac] = HeardAddress(state, max(known.moves, away), since)
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,29 +113,30 @@ def views(
     desired: Desired,
     reading: Reading,
     sources: Mapping[str, Literal["keep", "run"]],
-    detached: bool,
 ) -> Views:
     """Put the views together. ``sources`` names the ports that come from files."""
     ports = [
-        _port(name, port, desired.ports[name], reading, sources.get(name, "config"))
+        _port(name, port, config, desired.ports[name], reading, sources.get(name, "config"))
         for name, port in config.ports.items()
     ]
     return Views(
         nics=[_nic(name, config, desired, reading) for name in config.nics],
         switches=[_switch(name, config, desired, reading) for name in config.switches],
         ports=ports,
-        queues=[queue for nic in config.nics for queue in _queues(nic, config, desired, reading, detached)],
+        queues=[queue for nic in config.nics for queue in _queues(nic, desired, reading)],
     )
 
 
 def _port(
     name: str,
     port: PortConfig,
+    config: Config,
     decision: PortDecision,
     reading: Reading,
     source: Literal["config", "keep", "run"],
 ) -> PortView:
     queue = decision.queue
+    heard = reading.heard.get(decision.port_id, {})
     return PortView(
         name=name,
         switch=port.switch,
@@ -102,12 +147,19 @@ def _port(
         source=source,
         state=decision.state,
         path=decision.path,
+        queue_asked=port.queue,
         queue=PortQueue(id=queue.id, kind="software", cpu=queue.cpu, state=_queue_state(decision))
         if queue
         else None,
         af_xdp=None,
         reason=decision.reason,
-        counters=_port_counters(port, decision, reading),
+        stations=[
+            StationView(mac=mac, state=heard[mac].state, moves=heard[mac].moves)
+            for mac in port.mac
+            if mac in heard
+        ],
+        moves=reading.moves.get(decision.port_id, 0),
+        counters=_port_counters(port, config.switches[port.switch].uplink, decision, reading),
     )
 
 
@@ -130,30 +182,53 @@ def _sum(*tallies: Mapping[str, int]) -> Traffic:
     )
 
 
-def _vlan_drops(counters: Mapping[str, Any]) -> int:
-    return int(counters["vlan_nic"] + counters["vlan_queue"] + counters["vlan_bridge"])
+_GUARDS = ("spoofed", "guard_dhcp", "guard_ra", "link_local", "host")
+"""Fields of ``struct port_counters`` that are reasons of drops by themselves."""
 
 
-def _port_counters(port: PortConfig, decision: PortDecision, reading: Reading) -> Counters:
+def _switch_drops(counters: Mapping[str, Any]) -> dict[str, int]:
+    """What the programs dropped of a port's frames, by reason."""
+    places = ("vlan_nic", "vlan_queue", "vlan_bridge", "vlan_sent")
+    return {"vlan": sum(counters[place] for place in places)} | {each: counters[each] for each in _GUARDS}
+
+
+def _tx(counters: Mapping[str, Any], uplink: str | None) -> dict[CounterPath, Traffic]:
+    """What a port sent. Without an uplink there is no way straight to the wire."""
+    sent: dict[CounterPath, Traffic] = {"local": _sum(counters["tx_local"])}
+    if uplink:
+        sent["direct"] = _sum(counters["tx_direct"])
+    return sent | {"bridge": _sum(counters["tx_bridge"])}
+
+
+def _rx_by_tc(counters: Mapping[str, Any]) -> dict[CounterPath, Traffic]:
+    return {"local": _sum(counters["local"]), "bridge": _sum(counters["bridged"])}
+
+
+def _port_counters(
+    port: PortConfig, uplink: str | None, decision: PortDecision, reading: Reading
+) -> Counters:
     counters = reading.ports.get(decision.port_id)
     link = reading.links.get(port.device or "")
     rx: dict[CounterPath, Traffic] = {}
+    tx: dict[CounterPath, Traffic] = {}
     drops: dict[str, int] = {}
     if counters:
-        rx = {"queue": _sum(counters["direct"], counters["handed"]), "bridge": _sum(counters["bridged"])}
-        drops = {"vlan": _vlan_drops(counters), "ring_full": reading.lost.get(decision.port_id, 0)}
-    tx: dict[CounterPath, Traffic] = {}
+        if uplink:
+            rx["queue"] = _sum(counters["direct"], counters["handed"])
+        rx |= _rx_by_tc(counters)
+        tx = _tx(counters, uplink)
+        drops = _switch_drops(counters) | {"ring_full": reading.lost.get(decision.port_id, 0)}
     if link:
-        tx["bridge"] = Traffic(packets=link.rx_packets, bytes=link.rx_bytes)
         drops["device_full"] = link.tx_dropped
     return Counters(rx=rx, tx=tx, drops={reason: number for reason, number in drops.items() if number})
 
 
-def _queues(
-    nic: str, config: Config, desired: Desired, reading: Reading, detached: bool
-) -> Iterable[QueueView]:
+def _queues(nic: str, desired: Desired, reading: Reading) -> Iterable[QueueView]:
+    filters = _filters(nic, desired)
     mine = [decision for decision in desired.ports.values() if decision.nic == nic]
     reasons = reading.nics.get(nic, {})
+    uplink = reading.ports.get(reading.ids.get(f"uplink:{nic}", -1))
+    refused = {"vlan": _switch_drops(uplink)["vlan"]} if uplink else {}
     yield QueueView(
         nic=nic,
         id=0,
@@ -164,15 +239,17 @@ def _queues(
         filters=[],
         packets=sum(tally["packets"] for tally in reasons.values()),
         bytes=sum(tally["bytes"] for tally in reasons.values()),
-        drops=0,
+        drops=sum(refused.values()),
+        drops_by_reason=refused,
     )
     for decision in sorted(mine, key=lambda decision: decision.queue.id if decision.queue else 0):
         if not decision.queue:
             continue
-        port = config.ports[decision.name]
         counters = reading.ports.get(decision.port_id)
         sorted_in = _sum(counters["direct"], counters["queued"]) if counters else Traffic(packets=0, bytes=0)
-        lost = reading.lost.get(decision.port_id, 0)
+        drops = {"ring_full": reading.lost.get(decision.port_id, 0)}
+        if counters:
+            drops["vlan"] = counters["vlan_nic"] + counters["vlan_queue"]
         yield QueueView(
             nic=nic,
             id=decision.queue.id,
@@ -180,13 +257,21 @@ def _queues(
             state=_queue_state(decision),
             cpu=decision.queue.cpu,
             ports=[decision.name],
-            filters=[]
-            if detached
-            else [QueueFilter(mac=mac, vlan=vid) for mac in port.mac for vid in port.vlan.vids],
+            filters=filters.get(decision.port_id, []),
             packets=sorted_in.packets,
             bytes=sorted_in.bytes,
-            drops=lost + (counters["vlan_nic"] + counters["vlan_queue"] if counters else 0),
+            drops=sum(drops.values()),
+            drops_by_reason=drops,
         )
+
+
+def _filters(nic: str, desired: Desired) -> dict[int, list[QueueFilter]]:
+    """The filters of a NIC by port id: those of addresses that have been heard."""
+    found: dict[int, list[QueueFilter]] = {}
+    for resource, port_id in desired.state.items():
+        if isinstance(resource, Filter) and resource.device == nic and isinstance(port_id, int):
+            found.setdefault(port_id, []).append(QueueFilter(mac=resource.mac, vlan=resource.vid))
+    return found
 
 
 def _nic(name: str, config: Config, desired: Desired, reading: Reading) -> NicView:
@@ -212,6 +297,8 @@ def _nic(name: str, config: Config, desired: Desired, reading: Reading) -> NicVi
 
 def _switch(name: str, config: Config, desired: Desired, reading: Reading) -> SwitchView:
     switch = config.switches[name]
+    ports = [port_name for port_name, port in config.ports.items() if port.switch == name]
+    bridge = reading.bridges.get(name)
     return SwitchView(
         name=name,
         type=switch.type,
@@ -219,6 +306,125 @@ def _switch(name: str, config: Config, desired: Desired, reading: Reading) -> Sw
         bridge=switch.bridge,
         device=name if name in reading.links else None,
         host=switch.host.interface if switch.host else None,
-        ports=[port_name for port_name, port in config.ports.items() if port.switch == name],
-        problems=list(desired.nic_problems.get(switch.uplink or "", ())),
+        host_interface=_host(name, config, reading),
+        ports=ports,
+        networks=_networks(name, config),
+        untagged_vid=reading.untagged.get(name) or None,
+        default_path=_default_path(name, switch.uplink, ports, reading),
+        python_bridge=bridge,
+        problems=[
+            *desired.nic_problems.get(switch.uplink or "", ()),
+            *([f"Python bridge: {bridge.problem}"] if bridge and bridge.problem else []),
+        ],
     )
+
+
+def _host(name: str, config: Config, reading: Reading) -> HostView | None:
+    switch = config.switches[name]
+    if switch.host is None:
+        return None
+    link = reading.links.get(switch.host.interface)
+    counters = reading.ports.get(reading.ids.get(f"host:{name}", -1))
+    drops = _switch_drops(counters) if counters else {}
+    return HostView(
+        interface=switch.host.interface,
+        present=link is not None,
+        mac=link.mac if link else None,
+        vlan=switch.host.vlan,
+        addresses=list(reading.host_addresses.get(switch.host.interface, ())),
+        counters=Counters(
+            rx=_rx_by_tc(counters) if counters else {},
+            tx=_tx(counters, switch.uplink) if counters else {},
+            drops={reason: number for reason, number in drops.items() if number},
+        ),
+    )
+
+
+def python_bridge(state: BridgeState) -> PythonBridgeView:
+    """A Python bridge as it last wrote of itself."""
+    drops = Counter(state.drops)
+    for member in state.members:
+        drops.update(member.drops)
+    problem = state.config_error or ("" if state.bound else f"{state.inner} is not there")
+    return PythonBridgeView(
+        running=state.running,
+        problem=problem or (None if state.running else "its process does not run, or is stuck"),
+        frames=sum(member.rx_packets for member in state.members),
+        drops=dict(drops),
+        restarts=state.restarts.extension + state.restarts.config + state.restarts.other,
+        stations=len(state.stations),
+        extensions=[
+            ExtensionView(
+                name=extension.name,
+                state=extension.state,
+                reason=extension.reason or None,
+                failures=extension.failures,
+                drops=extension.drops,
+                redirects=extension.redirects,
+            )
+            for extension in state.extensions
+        ],
+    )
+
+
+def silent_bridge(problem: str) -> PythonBridgeView:
+    """A Python bridge of which nothing is known but what is wrong."""
+    return PythonBridgeView(
+        running=False, problem=problem, frames=0, drops={}, restarts=0, stations=0, extensions=[]
+    )
+
+
+def _networks(name: str, config: Config) -> list[NetworkView]:
+    """The VLANs of a switch with who takes part; those with the same members are one entry."""
+    host = config.switches[name].host
+    members: dict[int, list[str]] = {}
+    for port_name, port in config.ports.items():
+        if port.switch == name:
+            for vid in port.vlan.vids:
+                members.setdefault(vid, []).append(port_name)
+    if host:
+        members.setdefault(host.vlan or 0, [])
+    alike: dict[tuple[bool, bool, tuple[str, ...]], list[int]] = {}
+    for vid in sorted(members):
+        takes_part = host is not None and vid == (host.vlan or 0)
+        alike.setdefault((vid == 0, takes_part, tuple(members[vid])), []).append(vid)
+    return [
+        NetworkView(vlan=None if untagged else vid_ranges(vids), ports=list(ports), host=takes_part)
+        for (untagged, takes_part, ports), vids in alike.items()
+    ]
+
+
+def _default_path(name: str, uplink: str | None, ports: Iterable[str], reading: Reading) -> DefaultPath:
+    """What a switch's bridge got and gave."""
+    rows = [
+        counters
+        for row in (*ports, f"host:{name}")
+        if (counters := reading.ports.get(reading.ids.get(row, -1))) is not None
+    ]
+    wire = reading.ports.get(reading.ids.get(f"uplink:{uplink}", -1))
+    return DefaultPath(
+        from_ports=_sum(*(counters["tx_bridge"] for counters in rows)),
+        from_wire=_sum(wire["tx_bridge"]) if wire else Traffic(packets=0, bytes=0),
+        to_ports=_sum(*(counters["bridged"] for counters in rows)),
+    )
+
+
+def heard_elsewhere(views: Views) -> list[str]:
+    """What people should know of addresses that ports have and that were heard from the wire."""
+    uplinks = {switch.name: switch.uplink or "the wire" for switch in views.switches}
+    told = []
+    for port in views.ports:
+        uplink = uplinks[port.switch]
+        for station in port.stations:
+            if station.state == "away":
+                told.append(
+                    f"{station.mac} of port {port.name} is heard from {uplink}: its VM has moved there, "
+                    "or another machine has the same address"
+                )
+            elif station.moves:
+                told.append(
+                    f"{station.mac} of port {port.name} was also heard from {uplink}, "
+                    f"{station.moves} time{'s' if station.moves > 1 else ''}: its VM was there meanwhile, "
+                    "or another machine has the same address"
+                )
+    return told

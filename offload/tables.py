@@ -13,10 +13,20 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from offload.views import CounterPath, NicView, PortView, QueueView, StatusView, SwitchView, Traffic
+from offload.views import (
+    CounterPath,
+    HostView,
+    NetworkView,
+    NicView,
+    PortView,
+    QueueView,
+    StatusView,
+    SwitchView,
+    Traffic,
+)
 
 _RIGHT = frozenset(
-    ["ID", "CPU", "FILTERS", "WAITING", "RX DROPPED", "RX PACKETS", "TX PACKETS", "PACKETS", "BYTES", "DROPS"]
+    ["ID", "CPU", "FILTERS", "WAITING", "RX DROPPED", "RX PACKETS", "TX PACKETS", "PACKETS", "BYTES"]
 )
 
 
@@ -54,6 +64,10 @@ def status(view: StatusView) -> None:
         ("NICs", str(counts.nics)),
         ("switches", str(counts.switches)),
     ]
+    if view.takeover:
+        taken = (f"{', '.join(addresses)} from {nic}" for nic, addresses in view.takeover.nics.items())
+        left = f"{view.takeover.seconds_left:.0f} s left for `offload confirm`"
+        rows.append(("takeover", f"{'; '.join(taken)}: {left}"))
     if config.load_error:
         rows += _lines("last config refused", config.load_error)
     if reconcile.last_error:
@@ -87,18 +101,29 @@ def nics(views: Iterable[NicView]) -> None:
 
 
 def switches(views: Iterable[SwitchView]) -> None:
-    """The switches and who is on them."""
+    """The switches: who is on them, in which VLAN, and what went over their bridges."""
     show(
-        ("SWITCH", "TYPE", "UPLINK", "BRIDGE", "DEVICE", "HOST", "PORTS", "PROBLEMS"),
+        (
+            "SWITCH",
+            "TYPE",
+            "UPLINK",
+            "BRIDGE",
+            "HOST",
+            "HOST PACKETS",
+            "NETWORKS",
+            "DEFAULT PATH",
+            "PROBLEMS",
+        ),
         (
             (
                 view.name,
                 view.type,
                 _or_dash(view.uplink),
-                view.bridge,
-                _or_dash(view.device),
-                _or_dash(view.host),
-                ", ".join(view.ports) or "-",
+                _bridge(view),
+                _host(view.host_interface),
+                _host_packets(view.host_interface),
+                "; ".join(map(_network, view.networks)) or "-",
+                ", ".join(f"{way} {count}" for way, count in _default_path(view).items() if count) or "0",
                 "; ".join(view.problems) or "-",
             )
             for view in views
@@ -126,7 +151,7 @@ def ports(views: Iterable[PortView]) -> None:
                 _or_dash(view.queue.cpu) if view.queue else "-",
                 _packets(view.counters.rx),
                 _packets(view.counters.tx),
-                str(sum(view.counters.drops.values())),
+                _by_reason(view.counters.drops),
                 _or_dash(view.reason),
             )
             for view in views
@@ -149,11 +174,54 @@ def queues(views: Iterable[QueueView]) -> None:
                 str(len(view.filters)),
                 str(view.packets),
                 str(view.bytes),
-                str(view.drops),
+                _by_reason(view.drops_by_reason),
             )
             for view in views
         ),
     )
+
+
+def _bridge(view: SwitchView) -> str:
+    """What carries the default path: ``kernel``, or ``python (running, mirror; ring 3)``."""
+    if view.device is None:
+        return f"{view.bridge} (not there)"
+    if view.python_bridge is None:
+        return view.bridge
+    process = view.python_bridge
+    extensions = [each.name if each.state == "on" else f"{each.name} off" for each in process.extensions]
+    told = ", ".join(["running" if process.running else "not running", *extensions])
+    lost = _by_reason(process.drops)
+    return f"{view.bridge} ({told})" if lost == "0" else f"{view.bridge} ({told}; {lost})"
+
+
+def _host(host: HostView | None) -> str:
+    if host is None:
+        return "-"
+    vlan = f" VLAN {host.vlan}" if host.vlan else ""
+    there = "" if host.present else " (not there)"
+    return " ".join([f"{host.interface}{vlan}{there}", *host.addresses])
+
+
+def _host_packets(host: HostView | None) -> str:
+    if host is None:
+        return "-"
+    told = f"rx {_packets(host.counters.rx)}; tx {_packets(host.counters.tx)}"
+    lost = _by_reason(host.counters.drops)
+    return told if lost == "0" else f"{told}; dropped {lost}"
+
+
+def _network(network: NetworkView) -> str:
+    members = [*network.ports, *(["host"] if network.host else [])]
+    return f"{network.vlan or 'untagged'}: {', '.join(members)}"
+
+
+def _default_path(view: SwitchView) -> dict[str, int]:
+    path = view.default_path
+    return {
+        "from ports": path.from_ports.packets,
+        "from wire": path.from_wire.packets,
+        "to ports": path.to_ports.packets,
+    }
 
 
 def _packets(paths: Mapping[CounterPath, Traffic]) -> str:

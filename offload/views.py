@@ -21,6 +21,8 @@ CounterPath = Literal["queue", "gro", "local", "direct", "af_xdp", "bridge"]
 PortSource = Literal["config", "keep", "run"]
 QueueState = Literal["undefined", "allocated", "set", "running", "paused"]
 QueueKind = Literal["hardware", "software"]
+QueueAsked = Literal["auto", "hardware", "software", "off"]
+StationState = Literal["expected", "here", "away"]
 
 PORT_STATES: tuple[PortState, ...] = get_args(PortState)
 QUEUE_STATES: tuple[QueueState, ...] = get_args(QueueState)
@@ -43,15 +45,20 @@ class Counters(View):
     """What a port carried, by path, and what was lost, by reason."""
 
     rx: dict[CounterPath, Traffic] = Field(
-        description="Frames towards the VM, by the path that carried them. A path that this port cannot "
-        "take is left out."
+        description="Frames towards the VM, by the path that carried them: queue: XDP, from the wire. "
+        "local: handed over past the bridge, from another port or the host. bridge: the default path. "
+        "A path that this port cannot take is left out."
     )
     tx: dict[CounterPath, Traffic] = Field(
-        description="Frames that the VM sent, by the path that carried them."
+        description="Frames that the VM sent, by the path that carried them: local: to another port or "
+        "the host, past the bridge. direct: to the wire, past the bridge. bridge: the default path. "
+        "A large frame that is segmented later counts as the frames that it becomes."
     )
     drops: dict[str, NonNegativeInt] = Field(
-        description="Frames dropped, by reason: spoofed, vlan, guard_dhcp, guard_ra, link_local, ring_full, "
-        "device_full, device_down, too_big, no_consumer, nic_rx. A reason that never occurred may be absent."
+        description="Frames dropped, by reason. Of what the VM sent: spoofed (not from its own address), "
+        "guard_dhcp, guard_ra. Both ways: vlan (a tag that its mode does not allow), link_local. "
+        "Towards it: host (sent by the host's own stack on the port's device), ring_full, device_full, "
+        "device_down, too_big, no_consumer, nic_rx. A reason that never occurred may be absent."
     )
 
 
@@ -89,6 +96,17 @@ class AfXdp(View):
     channels: list[AfXdpChannel] = Field(description="The channels of the port, the first one preferred.")
 
 
+class StationView(View):
+    """An address of a port, and where it was heard last."""
+
+    mac: str = Field(description="The address, lower-case with colons.")
+    state: StationState = Field(
+        description="expected: not heard yet, the bridge serves it. here: heard from the port. "
+        "away: heard from the wire since, so nothing is handed to the port's device."
+    )
+    moves: NonNegativeInt = Field(description="How often it was heard from the wire instead of the port.")
+
+
 class PortView(View):
     """One port: what was asked for, what is in force, and what it carried."""
 
@@ -113,9 +131,19 @@ class PortView(View):
         "failed: the reason says why."
     )
     path: PortPath = Field(description="The path that unicast frames from the wire take to this port now.")
+    queue_asked: QueueAsked = Field(
+        description="queue of the config; off: the port's frames never pass by the bridge."
+    )
     queue: PortQueue | None = Field(description="The port's queue; null: it is served by the default queue.")
     af_xdp: AfXdp | None = Field(description="Its AF_XDP channels; null: the port has a device.")
     reason: str | None = Field(description="Why the port has not got what was asked for; null: it has.")
+    stations: list[StationView] = Field(
+        description="Its addresses as the switch has heard them; empty while its device is away."
+    )
+    moves: NonNegativeInt = Field(
+        description="How often one of its addresses was heard from the wire instead, since the daemon "
+        "started or the address was declared."
+    )
     counters: Counters = Field(description="What the port carried and lost.")
 
 
@@ -146,6 +174,10 @@ class QueueView(View):
     bytes: NonNegativeInt = Field(description="Bytes of these frames.")
     drops: NonNegativeInt = Field(
         description="Frames sorted into the queue and lost before they were handed over."
+    )
+    drops_by_reason: dict[str, NonNegativeInt] = Field(
+        description="The same by reason: ring_full (the queue's CPU was too slow), vlan (a tag that the "
+        "port's mode, or for the default queue any mode, does not allow)."
     )
 
 
@@ -182,6 +214,61 @@ class NicView(View):
     problems: list[str] = Field(description="What is wrong with this NIC, in words; empty: nothing.")
 
 
+class HostView(View):
+    """The host's own interface on a switch."""
+
+    interface: str = Field(description="Its name.")
+    present: bool = Field(description="Whether it is there now.")
+    mac: str | None = Field(description="Its address, lower-case with colons; null: it is not there.")
+    vlan: int | None = Field(description="The VLAN of the host; null: the untagged network.")
+    addresses: list[str] = Field(
+        description="The IP addresses that it has now, link-local ones left out, as 192.0.2.1/24."
+    )
+    counters: Counters = Field(description="What it carried and lost; rx is towards the host.")
+
+
+class NetworkView(View):
+    """VLANs of a switch that have the same members. Members of one VLAN reach each other, others do not."""
+
+    vlan: str | None = Field(description="VLAN IDs as 10,20-29; null: the untagged network.")
+    ports: list[str] = Field(description="The ports that take part.")
+    host: bool = Field(description="Whether the host takes part.")
+
+
+class DefaultPath(View):
+    """What a switch's bridge carried."""
+
+    from_ports: Traffic = Field(description="What ports and the host sent to the bridge.")
+    from_wire: Traffic = Field(description="What came from the wire and went to the bridge.")
+    to_ports: Traffic = Field(description="What the bridge delivered to ports and the host.")
+
+
+class ExtensionView(View):
+    """An extension of a Python bridge."""
+
+    name: str = Field(description="Its name in the config.")
+    state: Literal["on", "off"] = Field(description="Whether it sees frames.")
+    reason: str | None = Field(description="Why it is off, or its last failure; null: neither.")
+    failures: NonNegativeInt = Field(description="Calls that failed.")
+    drops: NonNegativeInt = Field(description="Frames that it dropped.")
+    redirects: NonNegativeInt = Field(description="Frames that it sent elsewhere.")
+
+
+class PythonBridgeView(View):
+    """The process that carries a switch's default path."""
+
+    running: bool = Field(description="Whether it runs, and wrote its counters within the last seconds.")
+    problem: str | None = Field(description="What is wrong with it, in words; null: nothing.")
+    frames: NonNegativeInt = Field(description="Frames that it has read; one to be segmented counts once.")
+    drops: dict[str, NonNegativeInt] = Field(
+        description="Frames that it has lost or dropped, by reason: ring (they came faster than it reads), "
+        "nowhere, flood_limit, too_big, ..."
+    )
+    restarts: NonNegativeInt = Field(description="How often its worker was started anew.")
+    stations: NonNegativeInt = Field(description="Addresses that it knows, declared ones included.")
+    extensions: list[ExtensionView] = Field(description="The extensions that see its frames, in their order.")
+
+
 class SwitchView(View):
     """One virtual switch."""
 
@@ -193,7 +280,15 @@ class SwitchView(View):
     host: str | None = Field(
         description="The host's interface on the switch; null: the host has no part in it."
     )
+    host_interface: HostView | None = Field(description="The same with all that belongs to it.")
     ports: list[str] = Field(description="Names of the ports on the switch.")
+    networks: list[NetworkView] = Field(description="Its VLANs, and who takes part in each.")
+    untagged_vid: int | None = Field(
+        description="The VID that the kernel's bridge keeps untagged frames in, which no frame outside may "
+        "have; null: it filters no VLANs."
+    )
+    default_path: DefaultPath = Field(description="What its bridge carried.")
+    python_bridge: PythonBridgeView | None = Field(description="Its bridge's process; null: it has none.")
     problems: list[str] = Field(description="What is wrong with this switch, in words; empty: nothing.")
 
 
@@ -227,6 +322,14 @@ class Counts(View):
     filters: NonNegativeInt = Field(description="Filters on all NICs.")
 
 
+class TakeoverView(View):
+    """Addresses of the host that were moved from NICs, and go back unless that is confirmed in time."""
+
+    nics: dict[str, list[str]] = Field(description="The addresses that were taken, by NIC.")
+    deadline: AwareDatetime = Field(description="When they go back.")
+    seconds_left: float = Field(description="The same from now on; 0 while they go back.")
+
+
 class StatusView(View):
     """The daemon at a glance."""
 
@@ -237,6 +340,9 @@ class StatusView(View):
     reconcile: ReconcileStatus = Field(description="How reconciliation goes.")
     detached: bool = Field(
         description="The fast path was taken out by `offload detach`; the bridges forward alone."
+    )
+    takeover: TakeoverView | None = Field(
+        default=None, description="A takeover that waits for `offload confirm`; null: none does."
     )
     counts: Counts = Field(description="Totals over all NICs and switches.")
     warnings: list[str] = Field(description="What the operator should know, in words; empty: nothing.")
@@ -258,6 +364,9 @@ class Outcome(View):
         description="The changes in the order in which they are made; empty: none."
     )
     warnings: list[str] = Field(description="What the operator should know, in words; empty: nothing.")
+    takeover: TakeoverView | None = Field(
+        default=None, description="What waits for `offload confirm` after these changes; null: nothing."
+    )
 
 
 class ProblemItem(View):

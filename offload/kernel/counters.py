@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..bridge import state
+from ..config import Config
+from ..errors import OffloadError
+from ..model import Link, PortRecord, PortSlot
 from ..plan import RING_SIZE, Desired
-from ..report import Reading
+from ..report import HeardAddress, Reading, heard_addresses, python_bridge, silent_bridge
+from ..views import PythonBridgeView
 from .system import System
 
 _PATIENCE = 0.05
@@ -16,13 +21,14 @@ _PATIENCE = 0.05
 
 
 class Meter:
-    """Reads counters. Keeps what was found lost, so that the figure never goes back."""
+    """Reads counters. Keeps what was found lost and how often ports moved, so that neither goes back."""
 
     def __init__(self, system: System) -> None:
         self._system = system
         self._lost: dict[tuple[int, str], int] = {}
+        self._moves: dict[tuple[int, str], _Growing] = {}
 
-    def read(self, desired: Desired) -> Reading:
+    def read(self, config: Config, desired: Desired) -> Reading:
         """The counters now. Takes up to 50 ms longer while frames are on their way between CPUs.
 
         A cpumap's ring tells nobody when it is full. What was sent to it, less what has come out
@@ -30,7 +36,11 @@ class Meter:
         thread does not sleep, a ring's worth of the difference may still be waiting.
         """
         plane = self._system.dataplane
-        names = {decision.port_id: decision.name for decision in desired.ports.values()}
+        names = {
+            resource.port_id: PortRecord.of(value).name
+            for resource, value in desired.state.items()
+            if isinstance(resource, PortSlot) and isinstance(value, tuple)
+        }
         count = max(names, default=-1) + 1
         first = plane.port_counters(count)
         known = {port_id: self._lost.get((port_id, name), 0) for port_id, name in names.items()}
@@ -44,16 +54,43 @@ class Meter:
         }
         self._lost = {(port_id, name): lost[port_id] for port_id, name in names.items()}
         links = self._system.links.snapshot()
-        uplinks = {name: link.ifindex for name, link in links.items() if link.ifindex in plane.uplinks()}
+        attached = plane.uplinks()
+        uplinks = {name: link.ifindex for name, link in links.items() if link.ifindex in attached}
+        heard = heard_addresses(plane.stations())
         return Reading(
             links=links,
+            ids={name: port_id for port_id, name in names.items()},
             ports={port_id: second[port_id] for port_id in names},
             nics={name: plane.nic_counters(ifindex) for name, ifindex in uplinks.items()},
             lost=lost,
             programs={name: plane.program(ifindex) for name, ifindex in uplinks.items()},
             filters={name: len(plane.nic(ifindex).classifier) for name, ifindex in uplinks.items()},
             drivers={name: self._system.driver(name) for name in uplinks},
+            heard=heard,
+            moves={port_id: self._moved(port_id, name, heard) for port_id, name in names.items()},
+            untagged={row.name: row.untagged for row in plane.networks().values()},
+            host_addresses=self._host_addresses(config, links),
+            bridges={
+                name: _python_bridge(self._system.paths.run_dir, name)
+                for name, switch in config.switches.items()
+                if switch.bridge == "python"
+            },
         )
+
+    def _moved(self, port_id: int, name: str, heard: Mapping[int, Mapping[str, HeardAddress]]) -> int:
+        """How often addresses of a port went to the wire, those of devices that have gone included."""
+        now = sum(address.moves for address in heard.get(port_id, {}).values())
+        growing = self._moves.setdefault((port_id, name), _Growing())
+        return growing.read(now)
+
+    def _host_addresses(self, config: Config, links: Mapping[str, Link]) -> dict[str, tuple[str, ...]]:
+        """Addresses of the host's interfaces that are there, by interface."""
+        hosts = [switch.host.interface for switch in config.switches.values() if switch.host]
+        return {
+            name: tuple(self._system.links.global_addresses(links[name].ifindex))
+            for name in hosts
+            if name in links
+        }
 
     def _all_done(self, count: int) -> bool:
         """Whether the queues' CPUs have dealt with everything that was sent to them before this call.
@@ -67,6 +104,29 @@ class Meter:
         before = plane.port_counters(count)
         time.sleep(_PATIENCE)
         return plane.port_counters(count) == before
+
+
+def _python_bridge(run_dir: Path, switch: str) -> PythonBridgeView:
+    try:
+        return python_bridge(state.read(run_dir, switch))
+    except FileNotFoundError:
+        return silent_bridge("it has not written its counters yet")
+    except OffloadError as error:
+        return silent_bridge(str(error))
+
+
+class _Growing:
+    """A count that goes on where it was when what it is read from begins anew."""
+
+    def __init__(self) -> None:
+        self._before = 0
+        self._last = 0
+
+    def read(self, now: int) -> int:
+        if now < self._last:
+            self._before += self._last
+        self._last = now
+        return self._before + now
 
 
 def _missing(sent: Mapping[str, Any], received: Mapping[str, Any]) -> int:

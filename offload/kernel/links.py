@@ -12,7 +12,7 @@ import ipaddress
 import secrets
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,20 +20,24 @@ from typing import Literal, Self, TypeVar
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, nlmsg
 from pyroute2.netlink.rtnl import (
+    RTM_DELADDR,
     RTM_DELLINK,
     RTM_DELNEIGH,
     RTM_GETADDR,
     RTM_GETLINK,
     RTM_GETNEIGH,
     RTM_GETNSID,
+    RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
     RTM_SETLINK,
+    RTMGRP_IPV4_IFADDR,
+    RTMGRP_IPV6_IFADDR,
     RTMGRP_LINK,
 )
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg, protinfo_bridge
-from pyroute2.netlink.rtnl.ndmsg import NTF_MASTER, NUD_NOARP, ndmsg
+from pyroute2.netlink.rtnl.ndmsg import NTF_MASTER, NUD_NOARP, NUD_REACHABLE, NUD_STALE, ndmsg
 from pyroute2.netlink.rtnl.nsidmsg import nsidmsg
 
 from offload.errors import KernelError
@@ -63,6 +67,7 @@ _IFLA = _numbers(ifinfmsg)
 _INFO = _numbers(ifinfmsg.ifinfo)
 _XDP = _numbers(ifinfmsg.xdp)
 _BRPORT = _numbers(protinfo_bridge)
+_BR = _numbers(ifinfmsg.ifinfo.bridge_data)
 _IFA = _numbers(ifaddrmsg)
 _NDA = _numbers(ndmsg)
 _NETNSA = _numbers(nsidmsg)
@@ -82,6 +87,13 @@ _XDP_MODES = {0: None, 1: "native", 2: "generic", 3: "offload", 4: "several"}
 _XDP_SEVERAL = 4
 NO_NETNSID = -1  # NETNSA_NSID_NOT_ASSIGNED of include/uapi/linux/net_namespace.h
 _EVENT_BUFFER = 8 << 20  # bytes
+_VLAN_INFO = struct.Struct("=HHHH")  # length, type, flags and vid of struct bridge_vlan_info as an attribute
+# include/uapi/linux/if_bridge.h, and RTEXT_FILTER_BRVLAN_COMPRESSED of rtnetlink.h
+_IFLA_BRIDGE_VLAN_INFO = 2
+_VLAN_PVID, _VLAN_UNTAGGED, _VLAN_RANGE_BEGIN, _VLAN_RANGE_END = 1 << 1, 1 << 2, 1 << 3, 1 << 4
+_BRVLAN_COMPRESSED = 1 << 2
+_NESTED = 1 << 15  # NLA_F_NESTED
+_BOND_MODE, _BOND_XMIT_HASH_POLICY = 1, 14  # IFLA_BOND_… of include/uapi/linux/if_link.h
 _SO_RCVBUFFORCE = 33  # include/uapi/asm-generic/socket.h
 
 
@@ -123,6 +135,18 @@ class Links:
         with explained(link.name, "look at its other end"):
             return _link(self._route.get(RTM_GETLINK, request))
 
+    def bond_options(self, bond: Link) -> tuple[int, int]:
+        """Mode and transmit hash of a bond, as numbers of include/uapi/linux/if_bonding.h."""
+        with explained(bond.name, "look at its mode"):
+            values = attributes(
+                self._route.get(RTM_GETLINK, _message(ifinfmsg, index=bond.ifindex)), _IFINFO.size
+            )
+        info = attributes(values.get(_IFLA["IFLA_LINKINFO"], b""))
+        options = attributes(info.get(_INFO["IFLA_INFO_DATA"], b""))
+        if _BOND_MODE not in options:
+            raise KernelError(f"{bond.name}: the kernel does not tell the mode of this bond")
+        return number(options[_BOND_MODE]), number(options.get(_BOND_XMIT_HASH_POLICY, b""))
+
     def netnsid(self, netns: str) -> int:
         """The id that this namespace knows the one behind the path ``netns`` by; -1: none."""
         with explained(netns, "look up its id"), open(netns, "rb") as file:
@@ -146,24 +170,92 @@ class Links:
                     found.append(f"{address}/{prefix}")
         return found
 
-    def static_fdb(self) -> set[tuple[int, str]]:
-        """Static entries of all bridges as (port's ifindex, MAC), in whichever VLAN.
+    def static_fdb(self) -> set[tuple[int, str, int]]:
+        """Static entries of all bridges as (port's ifindex, MAC, VID); VID 0 where none are filtered.
 
         Learnt entries, the bridges' own addresses and the drivers' own tables are left out.
         """
+        return set(self._fdb_entries(NUD_NOARP))
+
+    def learned_fdb(self) -> set[tuple[int, str]]:
+        """What bridges have learnt and not forgotten yet, as (port's ifindex, MAC), in whichever VLAN."""
+        return {(index, mac) for index, mac, _ in self._fdb_entries(NUD_REACHABLE, NUD_STALE)}
+
+    def _fdb_entries(self, *states: int) -> Iterator[tuple[int, str, int]]:
+        """Entries of all bridges that are in one of ``states``: see fdb_to_nud() in net/bridge/br_fdb.c."""
         with explained("bridges", "list their forwarding entries"):
             dump = self._route.dump(RTM_GETNEIGH, _message(ndmsg, family=socket.AF_BRIDGE))
-        found = set()
         for body in dump:
             _, _, _, index, state, _, _ = _NDMSG.unpack_from(body)
-            if state != NUD_NOARP:  # net/bridge/br_fdb.c: fdb_to_nud()
-                continue
             values = attributes(body, _NDMSG.size)
-            if _NDA["NDA_MASTER"] in values:
-                found.add((index, _mac(values[_NDA["NDA_LLADDR"]])))
+            if state in states and _NDA["NDA_MASTER"] in values:
+                yield index, _mac(values[_NDA["NDA_LLADDR"]]), number(values.get(_NDA["NDA_VLAN"], b""))
+
+    def bridge_vlans(self) -> dict[int, tuple[int, tuple[int, ...]]]:
+        """VIDs of every port of a bridge that filters VLANs: (untagged one or 0, tagged ones), by ifindex."""
+        request = _message(ifinfmsg, ("IFLA_EXT_MASK", _BRVLAN_COMPRESSED), family=socket.AF_BRIDGE)
+        with explained("bridges", "list their VLANs"):
+            dump = self._route.dump(RTM_GETLINK, request)
+        found = {}
+        for body in dump:
+            _, _, _, index, _, _ = _IFINFO.unpack_from(body)
+            values = attributes(body, _IFINFO.size)
+            if _IFLA["IFLA_MASTER"] in values and number(values[_IFLA["IFLA_MASTER"]]) != index:
+                found[index] = _vlans(values.get(_IFLA["IFLA_AF_SPEC"], b""))
         return found
 
-    def create_bridge(self, name: str, alias: str) -> int:
+    def set_bridge_vlans(self, ifindex: int, untagged: int, tagged: Collection[int]) -> None:
+        """Give a bridge's port exactly these VIDs. What stays is not touched."""
+        before, tagged_before = self.bridge_vlans().get(ifindex, (0, ()))
+        gone = {before, *tagged_before} - {untagged, *tagged} - {0}
+        come = set(tagged) - set(tagged_before)
+        if come:
+            self._vlan_message(ifindex, RTM_SETLINK, "add VLANs at the bridge", _runs(come, 0))
+        if untagged and untagged != before:
+            flags = _VLAN_PVID | _VLAN_UNTAGGED
+            self._vlan_message(ifindex, RTM_SETLINK, "set its untagged VLAN", _runs({untagged}, flags))
+        if gone:
+            self._vlan_message(ifindex, RTM_DELLINK, "take VLANs away at the bridge", _runs(gone, 0))
+
+    def _vlan_message(self, ifindex: int, kind: int, doing: str, infos: bytes) -> None:
+        request = _message(ifinfmsg, family=socket.AF_BRIDGE, index=ifindex)
+        spec = struct.pack("=HH", 4 + len(infos), _IFLA["IFLA_AF_SPEC"] | _NESTED) + infos
+        self._change_port(ifindex, doing, kind, 0, request, spec)
+
+    def create_veth(self, name: str, inner: str, alias: str, mac: str | None = None, mtu: int = 1500) -> None:
+        """Make a pair of ours, both ends down; ``mac`` is of the end ``name``, ``None`` for a random one."""
+        peer = {"attrs": [("IFLA_IFNAME", inner), ("IFLA_MTU", mtu)]}
+        info = [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]
+        attrs: list[tuple[str, object]] = [
+            ("IFLA_IFNAME", name),
+            ("IFLA_MTU", mtu),
+            ("IFLA_LINKINFO", {"attrs": info}),
+        ]
+        if mac:
+            attrs.append(("IFLA_ADDRESS", mac))
+        with explained(name, "make the veth pair"):
+            self._route.change(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, _message(ifinfmsg, *attrs))
+        ifindex = self.ifindex(name)
+        try:
+            for end in (ifindex, self.ifindex(inner)):
+                self._set(end, "give it an alias", ("IFLA_IFALIAS", alias))
+        except BaseException:
+            self.delete_link(ifindex)
+            raise
+
+    def ifindex(self, name: str) -> int:
+        """The number of the device ``name``."""
+        with explained(name, "look it up"):
+            return _link(self._route.get(RTM_GETLINK, _message(ifinfmsg, ("IFLA_IFNAME", name)))).ifindex
+
+    def set_mac(self, ifindex: int, mac: str) -> None:
+        self._set(ifindex, f"give it the MAC {mac}", ("IFLA_ADDRESS", mac))
+
+    def set_mtu(self, ifindex: int, mtu: int) -> None:
+        """``mtu`` is in bytes without the Ethernet header."""
+        self._set(ifindex, f"set its MTU to {mtu}", ("IFLA_MTU", mtu))
+
+    def create_bridge(self, name: str, alias: str, vlan_filtering: bool) -> int:
         """Make a bridge that forwards at once and speaks no protocol of its own; returns its ifindex.
 
         Its MAC is random, locally administered and set explicitly: otherwise the kernel would
@@ -175,6 +267,9 @@ class Links:
             ("IFLA_BR_FORWARD_DELAY", 0),
             ("IFLA_BR_MCAST_SNOOPING", 0),
         ]
+        if vlan_filtering:
+            # Without a default VID, what has not been given its VLANs yet takes part in none.
+            settings += [("IFLA_BR_VLAN_FILTERING", 1), ("IFLA_BR_VLAN_DEFAULT_PVID", 0)]
         info = [("IFLA_INFO_KIND", "bridge"), ("IFLA_INFO_DATA", {"attrs": settings})]
         request = _message(
             ifinfmsg,
@@ -184,8 +279,7 @@ class Links:
         )
         with explained(name, "make the bridge"):
             self._route.change(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, request)
-            made = self._route.get(RTM_GETLINK, _message(ifinfmsg, ("IFLA_IFNAME", name)))
-        ifindex = _link(made).ifindex
+        ifindex = self.ifindex(name)
         try:
             # The kernel takes no alias in the message that makes a device.
             self._set(ifindex, "give it an alias", ("IFLA_IFALIAS", alias))
@@ -214,26 +308,37 @@ class Links:
         """Hold or let go of promiscuity for user space; a bridge's own hold is not touched."""
         self._set_flag(ifindex, _IFF_PROMISC, promiscuous, "change promiscuity")
 
-    def set_bridge_port(self, ifindex: int, learning: bool, unicast_flood: bool) -> None:
-        """Set whether the bridge learns from this port, and floods unknown unicast to it."""
-        flags = [("IFLA_BRPORT_LEARNING", int(learning)), ("IFLA_BRPORT_UNICAST_FLOOD", int(unicast_flood))]
+    def set_bridge_port(self, ifindex: int, learning: bool, unicast_flood: bool, group_forward: int) -> None:
+        """Set whether the bridge learns from this port, and what it floods to it.
+
+        ``group_forward`` is a mask of link-local group addresses that pass: see ``model.BridgePort``.
+        """
+        flags = [
+            ("IFLA_BRPORT_LEARNING", int(learning)),
+            ("IFLA_BRPORT_UNICAST_FLOOD", int(unicast_flood)),
+            ("IFLA_BRPORT_GROUP_FWD_MASK", group_forward),
+        ]
         info = [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", {"attrs": flags})]
         request = _message(ifinfmsg, ("IFLA_LINKINFO", {"attrs": info}), index=ifindex)
         self._change_port(ifindex, "set its bridge port flags", RTM_NEWLINK, 0, request)
 
-    def add_fdb(self, ifindex: int, mac: str) -> None:
-        """Tell the bridge statically that ``mac`` is behind this port, wherever it was before."""
-        flags = NLM_F_CREATE | NLM_F_REPLACE
-        self._change_port(ifindex, f"add forwarding entry {mac}", RTM_NEWNEIGH, flags, _fdb(ifindex, mac))
+    def add_fdb(self, ifindex: int, mac: str, vid: int = 0) -> None:
+        """Tell the bridge statically that ``mac`` is behind this port, wherever it was before.
 
-    def del_fdb(self, ifindex: int, mac: str) -> None:
+        ``vid`` 0: the bridge filters no VLANs.
+        """
+        flags = NLM_F_CREATE | NLM_F_REPLACE
+        request = _fdb(ifindex, mac, vid)
+        self._change_port(ifindex, f"add forwarding entry {mac}", RTM_NEWNEIGH, flags, request)
+
+    def del_fdb(self, ifindex: int, mac: str, vid: int = 0) -> None:
         """Take the entry back.
 
         The bridge matches the port too. A missing entry is as it should be, and so is a port that
-        left its bridge, which took its entries along.
+        left its bridge or the VLAN, which took its entries along.
         """
         try:
-            self._route.change(RTM_DELNEIGH, 0, _fdb(ifindex, mac))
+            self._route.change(RTM_DELNEIGH, 0, _fdb(ifindex, mac, vid))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
                 doing = f"remove forwarding entry {mac}"
@@ -285,10 +390,12 @@ class Links:
         except OSError as error:
             raise explain(error, self._name(ifindex), doing) from error
 
-    def _change_port(self, ifindex: int, doing: str, kind: int, flags: int, request: nlmsg) -> None:
+    def _change_port(
+        self, ifindex: int, doing: str, kind: int, flags: int, request: nlmsg, more: bytes = b""
+    ) -> None:
         """As ``_change``, for what the kernel says "not supported" to when the device is no port."""
         try:
-            self._route.change(kind, flags, request)
+            self._route.change(kind, flags, request, more)
         except OSError as error:
             name = self._name(ifindex)
             if error.errno == errno.EOPNOTSUPP:
@@ -309,6 +416,7 @@ class Links:
 class LinkEvent:
     """Something happened to a device; a fresh snapshot says what.
 
+    The name is empty when it is an address of the device that came or went.
     ``resync``: the kernel had more to say than the socket could hold, anything may have
     happened; ``ifindex`` is 0 and ``name`` empty then.
     """
@@ -323,7 +431,7 @@ class LinkEvents:
 
     def __init__(self, netns: str | None = None) -> None:
         with explained("netlink", "listen for device changes"):
-            self._socket = open_socket(netns, groups=RTMGRP_LINK)
+            self._socket = open_socket(netns, groups=RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
         self._socket.setblocking(False)
         with suppress(PermissionError):  # a smaller buffer only makes a resync likelier
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _EVENT_BUFFER)
@@ -357,6 +465,9 @@ class LinkEvents:
 
 
 def _event(kind: int, body: bytes) -> LinkEvent:
+    if kind in (RTM_NEWADDR, RTM_DELADDR):
+        *_, index = _IFADDR.unpack_from(body)
+        return LinkEvent(index, "", "changed")
     family, _, _, index, _, _ = _IFINFO.unpack_from(body)
     name = text(attributes(body, _IFINFO.size).get(_IFLA["IFLA_IFNAME"], b""))
     # With AF_BRIDGE a DELLINK says that a port left its bridge, not that the device is gone.
@@ -376,7 +487,7 @@ def _link(body: bytes) -> Link:
     counts = _STATS64.unpack_from(stats) if stats else (0, 0, 0, 0)
     rx_packets, rx_bytes, rx_dropped, tx_dropped = counts
     xdp_mode, xdp_prog_id = _xdp(attributes(values.get(_IFLA["IFLA_XDP"], b"")))
-    learning, unicast_flood = _port_flags(info)
+    learning, unicast_flood, group_forward = _port_flags(info)
     peer_ifindex = peer_netnsid = lower_ifindex = None
     if kind != "veth" and _IFLA["IFLA_LINK"] in values and _IFLA["IFLA_LINK_NETNSID"] not in values:
         lower_ifindex = number(values[_IFLA["IFLA_LINK"]])
@@ -405,6 +516,8 @@ def _link(body: bytes) -> Link:
         xdp_prog_id=xdp_prog_id,
         learning=learning,
         unicast_flood=unicast_flood,
+        group_forward=group_forward,
+        vlan_filtering=_filtering(info) if kind == "bridge" else None,
         rx_packets=rx_packets,
         rx_bytes=rx_bytes,
         rx_dropped=rx_dropped,
@@ -420,24 +533,62 @@ def _xdp(values: Attributes) -> tuple[str | None, int]:
     return _XDP_MODES.get(attached), number(program)
 
 
-def _port_flags(info: Attributes) -> tuple[bool | None, bool | None]:
+def _port_flags(info: Attributes) -> tuple[bool | None, bool | None, int | None]:
     if text(info.get(_INFO["IFLA_INFO_SLAVE_KIND"], b"")) != "bridge":
-        return None, None
+        return None, None, None
     values = attributes(info[_INFO["IFLA_INFO_SLAVE_DATA"]])
     return (
         bool(number(values[_BRPORT["IFLA_BRPORT_LEARNING"]])),
         bool(number(values[_BRPORT["IFLA_BRPORT_UNICAST_FLOOD"]])),
+        number(values[_BRPORT["IFLA_BRPORT_GROUP_FWD_MASK"]]),
     )
 
 
-def _fdb(ifindex: int, mac: str) -> nlmsg:
+def _filtering(info: Attributes) -> bool:
+    values = attributes(info.get(_INFO["IFLA_INFO_DATA"], b""))
+    return bool(number(values.get(_BR["IFLA_BR_VLAN_FILTERING"], b"")))
+
+
+def _vlans(spec: bytes) -> tuple[int, tuple[int, ...]]:
+    """The untagged VID and the tagged ones of a port, from its IFLA_AF_SPEC."""
+    tagged: list[int] = []
+    untagged, begin = 0, 0
+    for flags, vid in _vlan_infos(spec):
+        if flags & _VLAN_RANGE_BEGIN:
+            begin = vid
+        elif flags & _VLAN_UNTAGGED:
+            untagged = vid
+        else:
+            tagged += range(begin if flags & _VLAN_RANGE_END else vid, vid + 1)
+    return untagged, tuple(tagged)
+
+
+def _vlan_infos(spec: bytes) -> Iterator[tuple[int, int]]:
+    offset = 0
+    while offset + _VLAN_INFO.size <= len(spec):
+        length, kind, flags, vid = _VLAN_INFO.unpack_from(spec, offset)
+        if kind == _IFLA_BRIDGE_VLAN_INFO:
+            yield flags, vid
+        offset += (length + 3) & ~3
+
+
+def _runs(vids: Collection[int], flags: int) -> bytes:
+    """VIDs as attributes, each run of neighbours as a range."""
+    infos = b""
+    for vid in sorted(vids):
+        starts, ends = vid - 1 not in vids, vid + 1 not in vids
+        if starts or ends:
+            bound = 0 if starts and ends else _VLAN_RANGE_BEGIN if starts else _VLAN_RANGE_END
+            infos += _VLAN_INFO.pack(_VLAN_INFO.size, _IFLA_BRIDGE_VLAN_INFO, flags | bound, vid)
+    return infos
+
+
+def _fdb(ifindex: int, mac: str, vid: int) -> nlmsg:
+    attrs: list[tuple[str, object]] = [("NDA_LLADDR", mac)]
+    if vid:
+        attrs.append(("NDA_VLAN", vid))
     return _message(
-        ndmsg,
-        ("NDA_LLADDR", mac),
-        family=socket.AF_BRIDGE,
-        ifindex=ifindex,
-        state=NUD_NOARP,
-        flags=NTF_MASTER,
+        ndmsg, *attrs, family=socket.AF_BRIDGE, ifindex=ifindex, state=NUD_NOARP, flags=NTF_MASTER
     )
 
 

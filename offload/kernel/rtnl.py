@@ -36,6 +36,7 @@ from offload.kernel.netns import call_in
 Attributes = dict[int, bytes]
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_LENGTH = struct.Struct("=I")  # the header's first field
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 _ERROR = struct.Struct("=i")
@@ -60,10 +61,13 @@ class RouteSocket:
         self._lock = threading.Lock()
         self._sequence = 0
 
-    def change(self, kind: int, flags: int, message: nlmsg) -> None:
-        """Send ``message`` as an RTM_… of ``kind`` and wait until the kernel has done it."""
+    def change(self, kind: int, flags: int, message: nlmsg, more: bytes = b"") -> None:
+        """Send ``message`` as an RTM_… of ``kind`` and wait until the kernel has done it.
+
+        ``more`` are encoded attributes that pyroute2 cannot encode.
+        """
         with self._lock:
-            self._send(kind, flags | NLM_F_ACK, message)
+            self._send(kind, flags | NLM_F_ACK, message, more)
             for _ in self._replies():
                 pass
 
@@ -86,7 +90,7 @@ class RouteSocket:
                 return [body for _, body in replies if body]
         raise OSError(errno.EAGAIN, f"the network kept changing during {_DUMP_ATTEMPTS} dumps")
 
-    def _send(self, kind: int, flags: int, message: nlmsg) -> None:
+    def _send(self, kind: int, flags: int, message: nlmsg, more: bytes = b"") -> None:
         self._sequence += 1
         message["header"]["type"] = kind
         message["header"]["flags"] = flags | NLM_F_REQUEST
@@ -94,7 +98,8 @@ class RouteSocket:
         message["header"]["pid"] = 0
         message.reset()
         message.encode()
-        self._socket.send(message.data)
+        data = bytes(message.data) + more
+        self._socket.send(_LENGTH.pack(len(data)) + data[_LENGTH.size :])
 
     def _replies(self) -> Iterator[tuple[int, bytes]]:
         """Header flags and body of each reply, the last one without a body."""

@@ -10,46 +10,70 @@ import logging
 import platform
 import socket
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
-from ..config import Config
+from ..config import Config, conduit_inner, host_inner
 from ..errors import KernelError, OffloadError, PrivilegeError, UnsupportedError
 from ..model import (
+    Address,
     AdminUp,
     Bridge,
     BridgePort,
+    BridgeVlans,
+    Carried,
     Change,
+    Conduit,
     DeviceResource,
     Fdb,
     Feature,
     Filter,
-    Guard,
+    HostPair,
     Ipv6Disabled,
     Link,
+    LinkDns,
     Master,
+    Member,
+    MemberRow,
+    Network,
+    NetworkRow,
     PeerFeature,
     PortRecord,
     PortSlot,
     Promiscuous,
+    PythonBridge,
     QueueCpu,
     Resource,
+    Roster,
+    Route,
     State,
+    Station,
+    StationRow,
+    StationState,
+    Trunk,
     Uplink,
     Value,
 )
 from ..paths import Paths
 from ..plan import RUNNING, TAG_IN_FRAME, Facts
+from ..takeovers import confirmed
 from . import host
+from .bonds import read_bond
 from .dataplane import Dataplane, grace_period
 from .ethtool import Ethtool, Peers
+from .hostnet import HostNet
 from .links import LinkEvents, Links
 from .managers import managers
 from .netdev import redirects_frags
+from .pybridge import rosters, running, start, stop, write_roster
 
 log = logging.getLogger(__name__)
+
+_CONDUIT_MTU = 65_535
+"""Bytes: whatever the devices of a switch can carry gets through to its Python bridge."""
 
 _DRAIN = 0.02
 """Seconds in which a queue's CPU is done with a full ring, unless it is kept from running."""
@@ -69,6 +93,8 @@ class System:
         self._stack = ExitStack()
         self._filters_left = False
         self._stopped = False
+        self._filtering: bool | None = None
+        self._stations: Mapping[tuple[int, str, int], StationRow] = {}
 
     def __enter__(self) -> Self:
         if platform.machine() != "x86_64":
@@ -79,6 +105,7 @@ class System:
         _require({"btf": host.btf(), "bpffs": host.bpffs(self.paths.pin_dir)}, "btf", "bpffs")
         with ExitStack() as stack:
             self.links = stack.enter_context(Links())
+            self.hostnet = stack.enter_context(HostNet())
             self._ethtool = stack.enter_context(Ethtool())
             self._peers = Peers(self.links)
             self.dataplane = stack.enter_context(
@@ -109,24 +136,32 @@ class System:
         *,
         detached: bool = False,
         failed: Mapping[str, str] | None = None,
+        may_take: bool = False,
     ) -> Facts:
-        """Read what ``plan.desire`` decides by."""
+        """Read what ``plan.desire`` decides by.
+
+        ``may_take``: the host's addresses may be taken over even if nobody has confirmed it yet.
+        """
         links = self.links.snapshot()
         self.dataplane.forget_gone({link.ifindex for link in links.values()})
         uplinks = [switch.uplink for switch in config.switches.values() if switch.uplink in links]
-        bridges = self._own_bridges(links, originals)
-        new = [nic for nic in uplinks if nic and links[nic].master_name not in bridges]
+        members = self.dataplane.members()
+        self._stations = self.dataplane.stations()
+        shared = {switch.uplink for switch in config.switches.values() if switch.host}
+        new = [nic for nic in uplinks if nic and links[nic].ifindex not in members]
         devices = [port.device for port in config.ports.values() if port.device]
-        tagged = any(port.vlan.vids != (0,) for port in config.ports.values())
         return Facts(
             links=links,
             online_cpus=host.online_cpus(),
-            vlan_filtering=tagged and host.bridges()[1].state == "yes",
+            vlan_filtering=self._vlan_filtering(),
             redirects_frags=redirects_frags(),
             digest=self.dataplane.digest,
-            guard_digest=self.dataplane.guard_digest,
+            switch_digest=self.dataplane.switch_digest,
             detached=detached,
-            bridges=bridges,
+            own=self._own(links, originals),
+            members=frozenset(members),
+            networks={row.name: number for number, row in self.dataplane.networks().items()},
+            stations=self._stations,
             programs=self.dataplane.program_ids(),
             held={record.name: (port_id, record) for port_id, record in self.dataplane.ports().items()},
             peers={
@@ -135,23 +170,42 @@ class System:
                 if name in links and links[name].kind == "veth"
             },
             features={nic: self._tag_features(links[nic], originals) for nic in uplinks if nic},
-            managers={nic: _managers(links[nic]) for nic in new},
+            managers={nic: _managers(links[nic], shared=nic in shared) for nic in new},
             addresses={nic: self._addresses(links[nic], links) for nic in new},
+            bonds={
+                nic: bond
+                for nic in uplinks
+                if nic and (bond := read_bond(links[nic], links, self.links, self._ethtool))
+            },
+            host=self.hostnet.read(
+                [links[nic] for nic in uplinks if nic], originals, confirmed(self.paths.takeovers), may_take
+            ),
             failed=failed or {},
         )
 
-    def _own_bridges(self, links: Mapping[str, Link], originals: State) -> frozenset[str]:
-        # The kernel takes no alias with a new bridge: one without is ours if the journal says so.
+    def _vlan_filtering(self) -> bool:
+        """Whether the kernel's bridge filters VLANs; that does not change while it runs."""
+        if self._filtering is None:
+            self._filtering = host.bridges()[1].state == "yes"
+        return self._filtering
+
+    def _own(self, links: Mapping[str, Link], originals: State) -> frozenset[str]:
+        # The kernel takes no alias with a new device: one without is ours if the journal says so.
+        recorded = {
+            end
+            for made in originals
+            if isinstance(made, (Bridge, Conduit, HostPair))
+            for end in (made.name, getattr(made, "inner", made.name))
+        }
         return frozenset(
             name
             for name, link in links.items()
-            if link.kind == "bridge"
-            and (link.alias == self.alias or (link.alias is None and Bridge(name) in originals))
+            if link.alias == self.alias or (link.alias is None and name in recorded)
         )
 
     def _addresses(self, nic: Link, links: Mapping[str, Link]) -> tuple[tuple[str, str], ...]:
-        """Device and address of all that the host has on a NIC, or on a VLAN or macvlan over it."""
-        over = [link for link in links.values() if nic.ifindex in (link.ifindex, link.lower_ifindex)]
+        """Device and address of all that the host has on a VLAN or macvlan over a NIC."""
+        over = [link for link in links.values() if nic.ifindex == link.lower_ifindex]
         return tuple(
             (link.name, found) for link in over for found in self.links.global_addresses(link.ifindex)
         )
@@ -183,29 +237,80 @@ class System:
         Devices are as ``facts`` has them; settings of devices that have gone are left out.
         """
         by_index = {link.ifindex: link for link in facts.links.values()}
-        state: dict[Resource, Value] = {Bridge(name): True for name in facts.bridges}
+        state = dict(self._observe_devices(facts))
+        bridges = {name for name in facts.own if facts.links[name].kind == "bridge"}
+        vlans = self.links.bridge_vlans() if facts.vlan_filtering else {}
         for link in facts.links.values():
-            if link.master_name in facts.bridges:
-                state[Master(link.name, link.ifindex)] = link.master_name
-                state[BridgePort(link.name, link.ifindex)] = (bool(link.learning), bool(link.unicast_flood))
-        for ifindex, mac in self.links.static_fdb():
-            if ifindex in by_index and by_index[ifindex].master_name in facts.bridges:
-                state[Fdb(by_index[ifindex].name, ifindex, mac)] = True
+            if link.master_name in bridges:
+                at = (link.name, link.ifindex)
+                state[Master(*at)] = link.master_name
+                state[BridgePort(*at)] = (
+                    bool(link.learning),
+                    bool(link.unicast_flood),
+                    link.group_forward or 0,
+                )
+                if facts.links[link.master_name].vlan_filtering:
+                    state[BridgeVlans(*at)] = vlans.get(link.ifindex, (0, ()))
+        for ifindex, mac, vid in self.links.static_fdb():
+            if ifindex in by_index and by_index[ifindex].master_name in bridges:
+                state[Fdb(by_index[ifindex].name, ifindex, mac, vid)] = True
+        # As the decision was made on them: a program may have changed a state since.
+        for (number, mac, vid), station in facts.stations.items():
+            state[Station(number, mac, vid)] = (station.port, station.ifindex, station.state)
         self._observe_dataplane(state, by_index)
-        for resource in {*wanted, *originals}:
+        for switch, entries in rosters(self.paths).items():
+            state[Roster(switch)] = entries
+            if running(self.paths, switch):
+                state[PythonBridge(switch)] = True
+        asked = {*wanted, *originals}
+        state |= self.hostnet.observe(asked)
+        for resource in asked:
             if isinstance(resource, DeviceResource) and resource not in state:
                 link_now = by_index.get(resource.ifindex)
                 if link_now and link_now.name == resource.device:
                     self._observe_setting(state, resource, link_now)
         return state
 
+    def _observe_devices(self, facts: Facts) -> Iterator[tuple[Resource, Value]]:
+        """The bridges and veth pairs that we made."""
+        for name in facts.own:
+            link = facts.links[name]
+            if link.kind == "bridge":
+                yield Bridge(name), "vlan" if link.vlan_filtering else "plain"
+            other = next(
+                (
+                    end
+                    for end in facts.links.values()
+                    if end.peer_ifindex == link.ifindex and link.kind == "veth"
+                ),
+                None,
+            )
+            if other is None:
+                continue
+            if other.name == conduit_inner(name):
+                yield Conduit(name, other.name), True
+            elif other.name == host_inner(name):
+                yield HostPair(name, other.name), (link.mac, link.mtu)
+
     def _observe_dataplane(self, state: dict[Resource, Value], by_index: Mapping[int, Link]) -> None:
         plane = self.dataplane
-        for ifindex, guard in plane.guards().items():
-            state[Guard(by_index[ifindex].name, ifindex)] = guard
-        for ifindex, digest in plane.uplinks().items():
+        for ifindex, (row, digest) in plane.members().items():
+            if ifindex in by_index:  # who only looks has not tidied up
+                state[Member(by_index[ifindex].name, ifindex)] = row.as_value(digest)
+        for number, network in plane.networks().items():
+            conduit = by_index.get(network.conduit)
+            state[Network(number)] = (
+                network.name,
+                network.uplink,
+                conduit.name if conduit else None,
+                network.untagged,
+                network.ask_bridge,
+            )
+        for port_id, vids in plane.trunks().items():
+            state[Trunk(port_id)] = tuple(sorted(vids))
+        for ifindex, program in plane.uplinks().items():
             link = by_index[ifindex]
-            state[Uplink(link.name, ifindex)] = (link.xdp_mode or "none", digest)
+            state[Uplink(link.name, ifindex)] = (link.xdp_mode or "none", program)
             for cpu, size in plane.queue_cpus(ifindex).items():
                 state[QueueCpu(link.name, ifindex, cpu)] = size
             for mac, vid, port_id in plane.filters(ifindex):
@@ -243,18 +348,22 @@ class System:
 
     def _execute(self, change: Change) -> None:
         match change.resource:
-            case Bridge(name):
-                if change.after:
-                    self._make_bridge(name)
-                else:
-                    self.links.delete_link(_ifindex(name))
+            case Bridge() | Conduit() | HostPair():
+                self._execute_device(change)
+            case DeviceResource(device=device, ifindex=0):
+                # It has been made by an earlier change of the same plan.
+                self._execute(replace(change, resource=replace(change.resource, ifindex=_ifindex(device))))
             case Master(_, ifindex):
                 self.links.set_master(ifindex, _ifindex(str(change.after)) if change.after else 0)
             case BridgePort(_, ifindex):
-                learning, flood = change.after if isinstance(change.after, tuple) else (True, True)
-                self.links.set_bridge_port(ifindex, bool(learning), bool(flood))
-            case Fdb(_, ifindex, mac):
-                (self.links.add_fdb if change.after else self.links.del_fdb)(ifindex, mac)
+                flags = change.after if isinstance(change.after, tuple) else (True, True, 0)
+                learning, flood, group_forward = flags
+                self.links.set_bridge_port(ifindex, bool(learning), bool(flood), _int(group_forward))
+            case BridgeVlans(_, ifindex):
+                untagged, tagged = change.after if isinstance(change.after, tuple) else (0, ())
+                self.links.set_bridge_vlans(ifindex, _int(untagged), _numbers(tagged))
+            case Fdb(_, ifindex, mac, vid):
+                (self.links.add_fdb if change.after else self.links.del_fdb)(ifindex, mac, vid)
             case AdminUp(_, ifindex):
                 self.links.set_up(ifindex, bool(change.after))
             case Promiscuous(_, ifindex):
@@ -268,27 +377,76 @@ class System:
                 if link is None:
                     raise KernelError(f"there is no device {device} any more")
                 self._peers.find(link).set_feature(feature, bool(change.after))
+            case Address() | Carried() | LinkDns() | Route():
+                self.hostnet.execute(change)
+            case Roster(switch):
+                write_roster(self.paths, switch, change.after if isinstance(change.after, tuple) else None)
+            case PythonBridge(switch):
+                (start if change.after else stop)(self.paths, switch)
             case _:
                 self._execute_dataplane(change)
 
-    def _make_bridge(self, name: str) -> None:
-        ifindex = self.links.create_bridge(name, self.alias)
-        try:
+    def _execute_device(self, change: Change) -> None:
+        """Make or delete a device of ours. What the host must not hear or say is silent from the start."""
+        match change.resource, change.after:
+            case ((Bridge(name) | Conduit(name) | HostPair(name)), None):
+                self.links.delete_link(_ifindex(name))
+            case Bridge(name), kind:
+                if change.before is not None:
+                    raise KernelError(
+                        f"{name}: VLAN filtering cannot be changed: `offload detach --all` first"
+                    )
+                self._make_bridge(name, kind == "vlan")
+            case Conduit(name, inner), _:
+                self._make_conduit(name, inner)
+            case HostPair(name, inner), (str(mac), int(mtu)):
+                if change.before is None:
+                    self._make_host_pair(name, inner, None if mac == "auto" else mac, mtu)
+                    return
+                self.links.set_mac(_ifindex(name), mac)
+                for end in (inner, name):
+                    self.links.set_mtu(_ifindex(end), mtu)
+
+    def _make_host_pair(self, name: str, inner: str, mac: str | None, mtu: int) -> None:
+        self.links.create_veth(name, inner, self.alias, mac, mtu)
+        with _removed_on_failure(self.links, _ifindex(name)):
+            self.links.set_ipv6_disabled(inner, True)
+
+    def _make_bridge(self, name: str, vlan_filtering: bool) -> None:
+        ifindex = self.links.create_bridge(name, self.alias, vlan_filtering)
+        with _removed_on_failure(self.links, ifindex):
             self.links.set_ipv6_disabled(name, True)
+            self.dataplane.set_member(name, ifindex, MemberRow(0, 0, "silent"))
             self.links.set_up(ifindex, True)
-        except BaseException:
-            self.links.delete_link(ifindex)
-            raise
+
+    def _make_conduit(self, name: str, inner: str) -> None:
+        self.links.create_veth(name, inner, self.alias, mtu=_CONDUIT_MTU)
+        ifindex, inner_ifindex = self.links.ifindex(name), self.links.ifindex(inner)
+        with _removed_on_failure(self.links, ifindex):
+            for device in (name, inner):
+                self.links.set_ipv6_disabled(device, True)
+            self.dataplane.set_member(name, ifindex, MemberRow(0, 0, "conduit"))
+            self.dataplane.set_member(inner, inner_ifindex, MemberRow(0, 0, "silent"))
+            for end in (ifindex, inner_ifindex):
+                self.links.set_up(end, True)
 
     def _execute_dataplane(self, change: Change) -> None:
         plane, after = self.dataplane, change.after
         match change.resource:
-            case Guard(device, ifindex):
+            case Member(device, ifindex):
                 if isinstance(after, tuple):
-                    port_id, pvid, _ = after
-                    plane.set_guard(device, ifindex, _int(port_id), _int(pvid))
+                    plane.set_member(device, ifindex, MemberRow.of(after))
                 else:
-                    plane.clear_guard(ifindex)
+                    plane.clear_member(ifindex)
+            case Network(number):
+                plane.set_network(number, _network(after) if isinstance(after, tuple) else None)
+            case Trunk(port_id):
+                plane.set_trunk(port_id, frozenset(_numbers(after)) if after else None)
+            case Station(number, mac, vid):
+                moves = row.moves if (row := self._stations.get((number, mac, vid))) else 0
+                plane.set_station(
+                    number, mac, vid, _station(after, moves) if isinstance(after, tuple) else None
+                )
             case Uplink(device, ifindex):
                 if isinstance(after, tuple):
                     if change.before is not None and change.before != after:
@@ -324,11 +482,49 @@ def _require(answers: Mapping[str, host.Answer], *names: str) -> None:
             raise kind(f"{answer.why}: {answer.remedy}" if answer.remedy else answer.why)
 
 
-def _managers(link: Link) -> tuple[str, ...]:
+def _managers(link: Link, *, shared: bool) -> tuple[str, ...]:
+    """Who manages a NIC and would not stand for its being taken.
+
+    ifupdown acts on a NIC only when somebody tells it to. Where the host's addresses move with
+    the NIC, its remedy, `ifdown`, would cut the host off.
+    """
     return tuple(
         f"{link.name} is managed by {manager.name} ({manager.evidence}): {manager.remedy}"
         for manager in managers(link.name, link.ifindex)
+        if not (shared and manager.name == "ifupdown")
     )
+
+
+@contextmanager
+def _removed_on_failure(links: Links, ifindex: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        links.delete_link(ifindex)
+        raise
+
+
+def _network(value: tuple[object, ...]) -> NetworkRow:
+    name, uplink, conduit, untagged, ask_bridge = value
+    return NetworkRow(
+        name=str(name),
+        uplink=None if uplink is None else _int(uplink),
+        conduit=_ifindex(str(conduit)) if conduit else 0,
+        untagged=_int(untagged),
+        ask_bridge=bool(ask_bridge),
+    )
+
+
+def _station(value: tuple[object, ...], moves: int) -> StationRow:
+    """A row of the controller's making: any that a program wrote is newer."""
+    port, ifindex, state = value
+    return StationRow(_int(port), _int(ifindex), cast(StationState, state), moves, since=0)
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    if not isinstance(value, tuple):
+        raise TypeError(f"{value!r} is no tuple of numbers")
+    return tuple(_int(item) for item in value)
 
 
 def _refuse_mode_change(device: str, change: Change) -> None:

@@ -21,16 +21,23 @@ from offload.views import (
     ConfigStatus,
     Counters,
     Counts,
+    DefaultPath,
+    ExtensionView,
+    HostView,
+    NetworkView,
     NicView,
     Outcome,
     PortQueue,
     PortView,
     ProgramView,
+    PythonBridgeView,
     QueueFilter,
     QueueView,
     ReconcileStatus,
+    StationView,
     StatusView,
     SwitchView,
+    TakeoverView,
     Traffic,
 )
 
@@ -46,13 +53,24 @@ WEB1 = PortView(
     source="config",
     state="active",
     path="queue",
+    queue_asked="auto",
     queue=PortQueue(id=1, kind="software", cpu=3, state="running"),
     af_xdp=None,
     reason=None,
+    stations=[StationView(mac="02:15:5d:00:00:01", state="here", moves=1)],
+    moves=1,
     counters=Counters(
-        rx={"queue": Traffic(packets=1000, bytes=64000), "bridge": Traffic(packets=7, bytes=700)},
-        tx={"bridge": Traffic(packets=500, bytes=50000)},
-        drops={"ring_full": 4, "too_big": 0},
+        rx={
+            "queue": Traffic(packets=1000, bytes=64000),
+            "local": Traffic(packets=30, bytes=3000),
+            "bridge": Traffic(packets=7, bytes=700),
+        },
+        tx={
+            "local": Traffic(packets=20, bytes=2000),
+            "direct": Traffic(packets=400, bytes=40000),
+            "bridge": Traffic(packets=500, bytes=50000),
+        },
+        drops={"ring_full": 4, "spoofed": 2, "too_big": 0},
     ),
 )
 DB1 = PortView(
@@ -65,9 +83,12 @@ DB1 = PortView(
     source="keep",
     state="waiting",
     path="bridge",
+    queue_asked="off",
     queue=None,
     af_xdp=None,
     reason="there is no device db1",
+    stations=[],
+    moves=0,
     counters=Counters(rx={}, tx={}, drops={}),
 )
 NIC = NicView(
@@ -94,7 +115,8 @@ QUEUES = [
         filters=[],
         packets=15,
         bytes=1500,
-        drops=0,
+        drops=6,
+        drops_by_reason={"vlan": 6},
     ),
     QueueView(
         nic="eth1",
@@ -107,6 +129,7 @@ QUEUES = [
         packets=1004,
         bytes=64256,
         drops=4,
+        drops_by_reason={"ring_full": 4, "vlan": 0},
     ),
 ]
 SWITCH = SwitchView(
@@ -114,9 +137,59 @@ SWITCH = SwitchView(
     type="external",
     uplink="eth1",
     bridge="kernel",
-    device="off-ext0",
-    host=None,
+    device="ext0",
+    host="ext0-host",
+    host_interface=HostView(
+        interface="ext0-host",
+        present=True,
+        mac="02:15:5d:00:00:aa",
+        vlan=10,
+        addresses=["192.0.2.1/24"],
+        counters=Counters(
+            rx={"local": Traffic(packets=5, bytes=500), "bridge": Traffic(packets=6, bytes=600)},
+            tx={"local": Traffic(packets=7, bytes=700)},
+            drops={"vlan": 1},
+        ),
+    ),
     ports=["web1", "db1"],
+    networks=[
+        NetworkView(vlan=None, ports=["web1"], host=False),
+        NetworkView(vlan="10", ports=["db1"], host=True),
+    ],
+    untagged_vid=4094,
+    default_path=DefaultPath(
+        from_ports=Traffic(packets=500, bytes=50000),
+        from_wire=Traffic(packets=15, bytes=1500),
+        to_ports=Traffic(packets=13, bytes=1300),
+    ),
+    python_bridge=None,
+    problems=[],
+)
+LAB = SwitchView(
+    name="lab0",
+    type="private",
+    uplink=None,
+    bridge="python",
+    device="lab0",
+    host=None,
+    host_interface=None,
+    ports=[],
+    networks=[],
+    untagged_vid=None,
+    default_path=DefaultPath(
+        from_ports=Traffic(packets=0, bytes=0),
+        from_wire=Traffic(packets=0, bytes=0),
+        to_ports=Traffic(packets=0, bytes=0),
+    ),
+    python_bridge=PythonBridgeView(
+        running=True,
+        problem=None,
+        frames=40,
+        drops={"ring": 3},
+        restarts=0,
+        stations=2,
+        extensions=[ExtensionView(name="mirror", state="on", reason=None, failures=0, drops=0, redirects=0)],
+    ),
     problems=[],
 )
 STATUS = StatusView(
@@ -129,6 +202,7 @@ STATUS = StatusView(
     counts=Counts(nics=1, switches=1, ports=2, ports_active=1, queues=1, queues_waiting=1, filters=1),
     warnings=["db1: there is no such device yet"],
 )
+TAKEOVER = TakeoverView(nics={"eth1": ["192.0.2.1/24"]}, deadline=MOMENT, seconds_left=60.0)
 CHANGES = [
     ChangeView(
         resource="Master web1", before=None, after="off-ext0", text="put web1 into the bridge off-ext0"
@@ -141,7 +215,8 @@ CHANGES = [
 class FakeService:
     """Answers with the constants above and keeps what it was asked.
 
-    ``refusal`` is raised by every method while it is set; ``changes`` is what changing methods report.
+    ``refusal`` is raised by every method while it is set; ``changes`` is what changing methods report,
+    with ``takeover`` as what waits after them.
     """
 
     def __init__(self) -> None:
@@ -152,6 +227,7 @@ class FakeService:
         self.refusal: Exception | None = None
         self.changes: list[ChangeView] = list(CHANGES)
         self.warnings: list[str] = []
+        self.takeover: TakeoverView | None = None
         self.calls: list[tuple[object, ...]] = []
 
     async def status(self) -> StatusView:
@@ -164,7 +240,7 @@ class FakeService:
 
     async def switches(self) -> list[SwitchView]:
         self._called("switches")
-        return [SWITCH]
+        return [SWITCH, LAB]
 
     async def ports(self) -> list[PortView]:
         self._called("ports")
@@ -174,8 +250,8 @@ class FakeService:
         self._called("queues")
         return QUEUES
 
-    async def apply(self, text: str, source: str, dry_run: bool) -> Outcome:
-        return self._changed("apply", text, source, dry_run)
+    async def apply(self, text: str, source: str, dry_run: bool, confirm_within: float) -> Outcome:
+        return self._changed("apply", text, source, dry_run, confirm_within)
 
     async def port_add(self, name: str, spec: dict[str, JsonValue], keep: bool, dry_run: bool) -> Outcome:
         return self._changed("port_add", name, spec, keep, dry_run)
@@ -185,6 +261,13 @@ class FakeService:
 
     async def port_remove(self, name: str, dry_run: bool) -> Outcome:
         return self._changed("port_remove", name, dry_run)
+
+    async def confirm(self) -> TakeoverView:
+        self._called("confirm")
+        return TAKEOVER
+
+    async def rollback(self) -> Outcome:
+        return self._changed("rollback")
 
     async def detach(self, everything: bool) -> Outcome:
         return self._changed("detach", everything)
@@ -196,7 +279,7 @@ class FakeService:
 
     def _changed(self, *call: object) -> Outcome:
         self._called(*call)
-        return Outcome(changes=self.changes, warnings=self.warnings)
+        return Outcome(changes=self.changes, warnings=self.warnings, takeover=self.takeover)
 
 
 @contextmanager

@@ -31,10 +31,12 @@ from offload.views import StatusView
 from tests.unit.fake_service import (
     CHANGES,
     DB1,
+    LAB,
     NIC,
     QUEUES,
     STATUS,
     SWITCH,
+    TAKEOVER,
     WEB1,
     FakeService,
     leaked_sockets,
@@ -91,24 +93,28 @@ def client(path: Path) -> Iterator[Client]:
 def test_views_arrive_as_they_were_sent(client: Client) -> None:
     assert client.status() == STATUS
     assert client.nics() == [NIC]
-    assert client.switches() == [SWITCH]
+    assert client.switches() == [SWITCH, LAB]
     assert client.ports() == [WEB1, DB1]
     assert client.queues() == QUEUES
 
 
 def test_changes_hand_every_argument_on(client: Client, service: FakeService) -> None:
-    assert client.apply("version: 1", "x.yaml", dry_run=True).changes == CHANGES
+    assert client.apply("version: 1", "x.yaml", dry_run=True, confirm_within=30).changes == CHANGES
     client.port_add("web1", {"switch": "ext0", "vlan": {"trunk": [10], "native": 1}}, keep=True)
     client.port_set("web1", {"vlan": None}, dry_run=True)
     client.port_remove("web1", dry_run=True)
     client.port_remove("web1")
+    assert client.confirm() == TAKEOVER
+    client.rollback()
     client.detach(everything=True)
     assert service.calls == [
-        ("apply", "version: 1", "x.yaml", True),
+        ("apply", "version: 1", "x.yaml", True, 30.0),
         ("port_add", "web1", {"switch": "ext0", "vlan": {"trunk": [10], "native": 1}}, True, False),
         ("port_set", "web1", {"vlan": None}, True),
         ("port_remove", "web1", True),
         ("port_remove", "web1", False),
+        ("confirm",),
+        ("rollback",),
         ("detach", True),
     ]
 

@@ -28,14 +28,17 @@ from offload.errors import (
     UsageError,
 )
 from offload.paths import Paths
+from offload.takeovers import DEFAULT_WITHIN
 from offload.views import Outcome
 from tests.unit.fake_service import (
     CHANGES,
     DB1,
+    LAB,
     NIC,
     QUEUES,
     STATUS,
     SWITCH,
+    TAKEOVER,
     WEB1,
     FakeService,
     leaked_sockets,
@@ -100,7 +103,7 @@ def test_json_is_one_document_and_nothing_else(command: str, cli: Offload, servi
     expected: dict[str, Any] = {
         "status": STATUS,
         "nics": [NIC],
-        "switches": [SWITCH],
+        "switches": [SWITCH, LAB],
         "ports": [WEB1, DB1],
         "queues": QUEUES,
     }
@@ -121,6 +124,7 @@ def test_ports_have_the_keys_of_the_contract(cli: Offload, service: FakeService)
     assert [key for key in PORT_KEYS.split() if key not in web1] == []
     assert web1["queue"] == {"id": 1, "kind": "software", "cpu": 3, "state": "running"}
     assert web1["counters"]["rx"]["queue"] == {"packets": 1000, "bytes": 64000}
+    assert web1["counters"]["tx"]["direct"] == {"packets": 400, "bytes": 40000}
     assert web1["counters"]["drops"]["ring_full"] == 4
     assert db1["queue"] is None
     assert db1["vlan"] == "10"
@@ -128,7 +132,7 @@ def test_ports_have_the_keys_of_the_contract(cli: Offload, service: FakeService)
 
 def test_queues_have_the_keys_of_the_contract(cli: Offload, service: FakeService) -> None:
     default, _ = json.loads(cli("queues", "--json").stdout)
-    assert set(default) == set(QUEUE_KEYS.split())
+    assert set(default) == {*QUEUE_KEYS.split(), "drops_by_reason"}
     assert default["id"] == 0
 
 
@@ -136,12 +140,27 @@ def test_queues_have_the_keys_of_the_contract(cli: Offload, service: FakeService
     ("command", "rows"),
     [
         ("nics", [["eth1", "igb", "native", "0123456789abcdef", "1", "1", "0", "miss 12, multicast 3", "-"]]),
-        ("switches", [["ext0", "external", "eth1", "kernel", "off-ext0", "-", "web1, db1", "-"]]),
+        (
+            "switches",
+            [
+                [
+                    *("ext0", "external", "eth1", "kernel", "ext0-host VLAN 10 192.0.2.1/24"),
+                    "rx local 5, bridge 6; tx local 7; dropped vlan 1",
+                    "untagged: web1; 10: db1, host",
+                    "from ports 500, from wire 15, to ports 13",
+                    "-",
+                ],
+                [
+                    *("lab0", "private", "-", "python (running, mirror; ring 3)"),
+                    *("-", "-", "-", "0", "-"),
+                ],
+            ],
+        ),
         (
             "queues",
             [
-                ["eth1", "0", "default", "running", "-", "db1", "0", "15", "1500", "0"],
-                ["eth1", "1", "software", "running", "3", "web1", "1", "1004", "64256", "4"],
+                ["eth1", "0", "default", "running", "-", "db1", "0", "15", "1500", "vlan 6"],
+                ["eth1", "1", "software", "running", "3", "web1", "1", "1004", "64256", "ring_full 4"],
             ],
         ),
     ],
@@ -262,13 +281,14 @@ def test_every_problem_has_a_line_with_file_path_and_what_is_allowed(cli: Offloa
 
 
 def test_what_this_version_cannot_do_ends_with_3(cli: Offload) -> None:
-    result = cli("check", "-", input="version: 1\nswitches: {p0: {type: private}}\n")
+    text = GOOD + 'ports: {web1: {switch: ext0, device: web1, mac: "02:15:5d:00:00:01", queue: hardware}}\n'
+    result = cli("check", "-", input=text)
     assert result.exit_code == 3
-    assert "stdin: switches.p0" in result.stderr
+    assert "stdin: ports.web1.queue" in result.stderr
 
 
 def test_warnings_of_a_config_go_to_stderr(cli: Offload) -> None:
-    text = GOOD + 'ports: {web1: {switch: ext0, device: web1, mac: "02:15:5d:00:00:01"}}\n'
+    text = GOOD.replace("xdp_mode: native", "queues: {rebalance: true}")
     result = cli("check", "-", "--json", input=text)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["warnings"]
@@ -326,18 +346,50 @@ def test_apply_says_what_was_changed(cli: Offload, service: FakeService, tmp_pat
         "+ put web1 into the bridge off-ext0\n~ set web1 up\n- remove the filter of db1\n3 changes made\n"
     )
     assert result.stderr == "warning: db1: there is no such device yet\n"
-    assert service.calls == [("apply", GOOD, str(Path(os.path.relpath(file)).absolute()), False)]
+    assert service.calls == [
+        ("apply", GOOD, str(Path(os.path.relpath(file)).absolute()), False, DEFAULT_WITHIN)
+    ]
 
 
 def test_a_dry_run_says_would(cli: Offload, service: FakeService) -> None:
     result = cli("apply", "--dry-run", "-", input=GOOD)
     assert result.stdout.endswith("3 changes would be made\n")
-    assert service.calls == [("apply", GOOD, "stdin", True)]
+    assert service.calls == [("apply", GOOD, "stdin", True, DEFAULT_WITHIN)]
 
 
 def test_nothing_to_change(cli: Offload, service: FakeService) -> None:
     service.changes = []
     assert cli("apply", "-", input=GOOD).stdout == "nothing to change\n"
+
+
+def test_apply_tells_of_a_takeover_that_waits(cli: Offload, service: FakeService) -> None:
+    service.takeover = TAKEOVER
+    result = cli("apply", "--confirm-within", "90", "-", input=GOOD)
+    assert result.stderr == (
+        "192.0.2.1/24 of eth1 taken over: this goes back in 60 s unless you run `offload confirm`\n"
+    )
+    assert service.calls == [("apply", GOOD, "stdin", False, 90.0)]
+
+
+@pytest.mark.parametrize("seconds", ["4.9", "86401", "soon"])
+def test_there_are_limits_to_the_time_for_confirmation(cli: Offload, seconds: str) -> None:
+    assert cli("apply", "--confirm-within", seconds, "-", input=GOOD).exit_code == 2
+
+
+def test_confirm_says_what_was_kept(cli: Offload, service: FakeService) -> None:
+    assert cli("confirm").stdout == "kept: 192.0.2.1/24 of eth1 taken over\n"
+    assert json.loads(cli("confirm", "--json").stdout) == TAKEOVER.model_dump(mode="json")
+
+
+def test_confirm_without_one_that_waits(cli: Offload, service: FakeService) -> None:
+    service.refusal = UsageError("no takeover waits")
+    result = cli("confirm")
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", "no takeover waits\n")
+
+
+def test_rollback_says_what_was_changed(cli: Offload, operate: SimpleNamespace) -> None:
+    operate.roll_back = lambda _paths: Outcome(changes=CHANGES[:1], warnings=[])
+    assert cli("rollback").stdout.endswith("1 change made\n")
 
 
 def test_plan_is_shown_like_a_difference(cli: Offload, operate: SimpleNamespace, tmp_path: Path) -> None:
@@ -427,6 +479,13 @@ def test_port_add_sends_only_what_was_given(
     assert call[3:] == (True, False)
 
 
+def test_guards_are_switched_by_name(cli: Offload, service: FakeService) -> None:
+    cli("port", "set", "web1", "--allow", "dhcp_server", "--deny", "mac_spoofing")
+    spec = {"allow": {"dhcp_server": True, "mac_spoofing": False}}
+    assert service.calls == [("port_set", "web1", spec, False)]
+    assert cli("port", "set", "web1", "--allow", "dhcp_server", "--deny", "dhcp_server").exit_code == 2
+
+
 def test_port_set_and_remove(cli: Offload, service: FakeService) -> None:
     assert cli("port", "set", "web1", "--cpu", "3", "--dry-run").exit_code == 0
     assert cli("port", "remove", "web1").exit_code == 0
@@ -485,7 +544,7 @@ def test_completion_scripts_ask_offload(shell: str, cli: Offload) -> None:
         ("offload po", ["port", "ports"]),
         ("offload ports ", ["web1", "db1"]),
         ("offload port remove w", ["web1"]),
-        ("offload port add x --switch ", ["ext0"]),
+        ("offload port add x --switch ", ["ext0", "lab0"]),
         ("offload queues --nic ", ["eth1"]),
         ("offload port set web1 --queue s", ["software"]),
     ],

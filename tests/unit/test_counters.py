@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import pytest
 
+from offload.config import Config
 from offload.kernel import counters
 from offload.kernel.counters import Meter
 from offload.kernel.system import System
+from offload.model import PortRecord, PortSlot, StationRow
 from offload.plan import RING_SIZE, Desired, PortDecision
 
+NOTHING = Config(version=1)
 DESIRED = Desired(
-    state={},
+    state={PortSlot(0): PortRecord("web1", 1, 0, 0, 0, 0, 0).as_value()},
     ports={"web1": PortDecision("web1", 0, "active", "queue", "eth1", None, None, False)},
     nic_problems={},
     refusals=(),
@@ -21,18 +24,19 @@ DESIRED = Desired(
 
 
 def row(queued: int, out: int) -> dict[str, Any]:
-    tallies = {
-        name: {"packets": 0, "bytes": 0} for name in ("direct", "queued", "handed", "returned", "bridged")
-    }
+    tallies = {name: {"packets": 0, "bytes": 0} for name in ("queued", "handed", "returned")}
     tallies["queued"]["packets"], tallies["handed"]["packets"] = queued, out
-    return {**tallies, "vlan_nic": 0, "vlan_queue": 0, "vlan_bridge": 0}
+    return {**tallies, "vlan_queue": 0}
 
 
 class Maps:
     """Gives the rows one after the other, as dataplane and as links of a system with nothing else."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, rows: list[dict[str, Any]], stations: Sequence[dict[tuple[int, str, int], StationRow]] = ()
+    ) -> None:
         self._rows: Iterator[dict[str, Any]] = iter(rows)
+        self._stations = iter(stations)
         self.dataplane = self.links = self
 
     def port_counters(self, count: int) -> list[dict[str, Any]]:
@@ -43,6 +47,12 @@ class Maps:
 
     def snapshot(self) -> dict[str, Any]:
         return {}
+
+    def networks(self) -> dict[int, Any]:
+        return {}
+
+    def stations(self) -> dict[tuple[int, str, int], StationRow]:
+        return next(self._stations, {})
 
     def uplinks(self) -> dict[int, str]:
         return {}
@@ -56,7 +66,16 @@ def lost(
     monkeypatch.setattr(counters, "_threads", lambda map_ids: map_ids)
     monkeypatch.setattr(counters, "_all_slept", lambda _: next(slept))
     meter = Meter(cast(System, Maps([each for first, second, _ in readings for each in (first, second)])))
-    return [meter.read(DESIRED).lost[0] for _ in readings]
+    return [meter.read(NOTHING, DESIRED).lost[0] for _ in readings]
+
+
+def test_moves_go_on_when_a_device_comes_anew() -> None:
+    here = StationRow(port=0, ifindex=7, state="here", moves=1)
+    away = StationRow(port=0, ifindex=7, state="away", moves=2)
+    key = (0, "02:15:5d:00:00:01", 0)
+    readings: list[dict[tuple[int, str, int], StationRow]] = [{key: here}, {key: away}, {}, {key: away}]
+    meter = Meter(cast(System, Maps([row(0, 0)] * 8, readings)))
+    assert [meter.read(NOTHING, DESIRED).moves[0] for _ in readings] == [0, 1, 1, 2]
 
 
 def test_frames_that_came_out_meanwhile_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +108,7 @@ def test_nothing_new_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(counters, "_threads", lambda map_ids: map_ids)
     monkeypatch.setattr(counters, "_all_slept", all_slept)
-    assert [meter.read(DESIRED).lost[0] for _ in range(2)] == [10, 10]
+    assert [meter.read(NOTHING, DESIRED).lost[0] for _ in range(2)] == [10, 10]
     assert asked == [{7}]
 
 
@@ -102,4 +121,4 @@ def test_without_a_view_of_the_threads_a_quiet_while_decides(
 ) -> None:
     monkeypatch.setattr(counters, "_threads", lambda map_ids: set())
     meter = Meter(cast(System, Maps([row(100, 60), row(100, 60), later, later])))
-    assert meter.read(DESIRED).lost[0] == expected
+    assert meter.read(NOTHING, DESIRED).lost[0] == expected

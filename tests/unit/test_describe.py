@@ -11,19 +11,27 @@ from offload.model import (
     AdminUp,
     Bridge,
     BridgePort,
+    BridgeVlans,
     Change,
+    Conduit,
     DeviceResource,
     Fdb,
     Feature,
     Filter,
-    Guard,
+    HostPair,
     Ipv6Disabled,
     Master,
+    Member,
+    MemberRow,
     PeerFeature,
     PortRecord,
     PortSlot,
     Promiscuous,
+    PythonBridge,
     QueueCpu,
+    Route,
+    RouteTarget,
+    Station,
     Uplink,
 )
 
@@ -36,6 +44,10 @@ class Novelty(DeviceResource):
 
 
 WEB1 = PortRecord("web1", 2, 3, 0, 1, 1514, 7).as_value()
+PORT = MemberRow(4, 0, "port", bypass=True).as_value("s")
+GUARDED = MemberRow(4, 0, "port", pvid=10, allow=frozenset({"dhcp_server"})).as_value("s")
+SILENT = MemberRow(0, 0, "silent").as_value("s")
+TARGET = RouteTarget("h0", "192.0.2.254", None, 3, 0).as_value()
 ON_NIC = PortRecord("web1", 2, None, 0, 1, 1514, 7).as_value()
 PAUSED = PortRecord("web1", 2, 3, 0, 0, 1514, 7).as_value()
 
@@ -43,13 +55,13 @@ PAUSED = PortRecord("web1", 2, 3, 0, 0, 1514, 7).as_value()
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (Change(Bridge("br0"), None, True), "make the bridge br0"),
-        (Change(Bridge("br0"), True, None), "remove the bridge br0"),
+        (Change(Bridge("br0"), None, "plain"), "make the bridge br0"),
+        (Change(Bridge("br0"), "plain", None), "remove the bridge br0"),
         (Change(Master("web1", 3), None, "br0"), "put web1 into the bridge br0"),
         (Change(Master("web1", 3), "br0", None), "take web1 out of the bridge br0"),
         (Change(Master("web1", 3), "br0", "br1"), "move web1 from the bridge br0 to br1"),
-        (Change(Fdb("web1", 3, MAC), None, True), f"tell the bridge that {MAC} is at web1"),
-        (Change(Fdb("web1", 3, MAC), True, None), f"forget on the bridge where {MAC} is"),
+        (Change(Fdb("web1", 3, MAC, 0), None, True), f"tell the bridge that {MAC} is at web1"),
+        (Change(Fdb("web1", 3, MAC, 10), True, None), f"forget on the bridge where {MAC}, VLAN 10, is"),
         (
             Change(Filter("eth1", 2, MAC, 0), None, 4),
             f"send frames for {MAC}, untagged, on eth1 to the queue of port 4",
@@ -75,18 +87,34 @@ PAUSED = PortRecord("web1", 2, 3, 0, 0, 1514, 7).as_value()
         ),
         (Change(Ipv6Disabled("web1", 3), False, True), "switch IPv6 on web1 off"),
         (
-            Change(BridgePort("web1", 3), (True, True), (True, False)),
-            "switch address learning on and flooding of unknown addresses off at web1",
+            Change(BridgePort("web1", 3), (True, True, 0), (True, False, 0)),
+            "switch address learning on, flooding of unknown addresses off and "
+            "link-local protocols off at web1",
         ),
         (
-            Change(Guard("web1", 3), None, (4, 0, "g")),
-            "let only frames of its own, untagged, through to web1",
+            Change(BridgeVlans("web1", 3), (0, ()), (4094, (10, 20))),
+            "let the bridge carry VLANs 10, 20 tagged and 4094 untagged at web1",
         ),
+        (Change(Member("web1", 3), None, PORT), "switch what web1 sends and gets: untagged"),
         (
-            Change(Guard("web1", 3), (4, 0, "g"), (4, 10, "g")),
-            "let only frames of its own, VLAN 10, through to web1",
+            Change(Member("web1", 3), PORT, GUARDED),
+            "change how to switch what web1 sends and gets: VLAN 10, allowing dhcp_server, "
+            "all of it through the bridge",
         ),
-        (Change(Guard("web1", 3), (4, 0, "g"), None), "take the guard at web1 away"),
+        (Change(Member("web1", 3), PORT, None), "take the switch programs off web1"),
+        (Change(Member("br0", 9), None, SILENT), "keep the host from hearing and speaking on br0"),
+        (Change(Conduit("sw0", "sw0-py"), None, True), "make sw0, a veth pair to a Python bridge"),
+        (Change(PythonBridge("sw0"), None, True), "start the Python bridge of sw0"),
+        (
+            Change(HostPair("h0", "h0-sw"), None, ("auto", 1500)),
+            "make the host's interface h0, with h0-sw at the switch",
+        ),
+        (Change(Station(0, MAC, 10), None, (4, 3, "expected")), f"expect {MAC}, VLAN 10, at port 4"),
+        (
+            Change(Station(0, MAC, 10), (4, 3, "expected"), (4, 3, "here")),
+            f"note that {MAC}, VLAN 10, of port 4 is here",
+        ),
+        (Change(Route("0.0.0.0/0", 254, 0, 0), None, TARGET), "lead default through h0 via 192.0.2.254"),
         (
             Change(Uplink("eth1", 2), None, ("native", "ab")),
             "attach the XDP program on eth1 (native mode)",

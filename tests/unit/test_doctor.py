@@ -12,6 +12,7 @@ import pytest
 
 from offload.doctor import Finding, Probes, examine
 from offload.errors import KernelError, PrivilegeError
+from offload.kernel.bypassed import REMEDY, Found, Place
 from offload.kernel.ethtool import Channels
 from offload.kernel.host import Answer
 from offload.kernel.managers import Manager
@@ -33,6 +34,7 @@ HEALTHY = Probes(
     xdp_features=lambda name, ifindex: XdpFeatures.BASIC | XdpFeatures.REDIRECT | XdpFeatures.RX_SG,
     program=lambda prog_id: Program(prog_id, "drop_all", ()),
     managers=lambda name, ifindex: [],
+    bypassed=lambda ports: Found({}, ()),
 )
 
 
@@ -157,3 +159,33 @@ def test_nic_findings(check: str, level: str, told: str, found: dict[str, Findin
 
 def test_only_a_veth_has_a_peer() -> None:
     assert "peer_queues" not in nic_findings()
+
+
+PORTS = {"web1": Place("web1", "ext0", "eth1")}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        pytest.param(
+            Found({"web1": ("the tc qdisc tbf of web1",)}, ()),
+            ("warn", "port web1", "frames on the fast path pass by the tc qdisc tbf of web1", REMEDY),
+            id="something",
+        ),
+        pytest.param(
+            Found({}, ("nft is not installed",)),
+            ("warn", "host", "could not tell what the fast path passes by: nft is not installed", ""),
+            id="unreadable",
+        ),
+        pytest.param(
+            Found({}, ()),
+            ("ok", "host", "the fast path passes by no filter and no qdisc", ""),
+            id="nothing",
+        ),
+    ],
+)
+def test_what_the_fast_path_passes_by_is_told(found: Found, expected: tuple[str, ...]) -> None:
+    probes = dataclasses.replace(HEALTHY, bypassed=lambda ports: found)
+    report = examine(PATHS, {"eth1": ETH1}, probes, ["eth1"], (), PORTS)
+    (told,) = (finding for finding in report.findings if finding.check == "bypassed")
+    assert (told.level, told.subject, told.message, told.remedy) == expected

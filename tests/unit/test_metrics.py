@@ -16,23 +16,37 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from offload.errors import UsageError
 from offload.metrics import BUCKETS, Durations, MetricsServer, Scrape, Source, register, serve_metrics
-from offload.views import NicView, PortView, QueueView
-from tests.unit.fake_service import DB1, NIC, QUEUES, WEB1
+from offload.views import NicView, PortView, QueueView, SwitchView
+from tests.unit.fake_service import DB1, LAB, NIC, QUEUES, SWITCH, WEB1
 
 GOLDEN = """\
-# HELP offload_port_packets_total Frames of a port; direction rx is towards the VM.
+# HELP offload_port_packets_total Frames of a port by path; \
+direction rx is towards the VM, tx is what it sent.
 # TYPE offload_port_packets_total counter
 offload_port_packets_total{direction="rx",path="queue",port="web1",switch="ext0"} 1000.0
+offload_port_packets_total{direction="rx",path="local",port="web1",switch="ext0"} 30.0
 offload_port_packets_total{direction="rx",path="bridge",port="web1",switch="ext0"} 7.0
+offload_port_packets_total{direction="tx",path="local",port="web1",switch="ext0"} 20.0
+offload_port_packets_total{direction="tx",path="direct",port="web1",switch="ext0"} 400.0
 offload_port_packets_total{direction="tx",path="bridge",port="web1",switch="ext0"} 500.0
-# HELP offload_port_bytes_total Bytes of a port's frames; direction rx is towards the VM.
+# HELP offload_port_bytes_total Bytes of a port's frames by path; \
+direction rx is towards the VM, tx is what it sent.
 # TYPE offload_port_bytes_total counter
 offload_port_bytes_total{direction="rx",path="queue",port="web1",switch="ext0"} 64000.0
+offload_port_bytes_total{direction="rx",path="local",port="web1",switch="ext0"} 3000.0
 offload_port_bytes_total{direction="rx",path="bridge",port="web1",switch="ext0"} 700.0
+offload_port_bytes_total{direction="tx",path="local",port="web1",switch="ext0"} 2000.0
+offload_port_bytes_total{direction="tx",path="direct",port="web1",switch="ext0"} 40000.0
 offload_port_bytes_total{direction="tx",path="bridge",port="web1",switch="ext0"} 50000.0
-# HELP offload_port_drops_total Frames of a port that were dropped, by reason.
+# HELP offload_port_drops_total Frames of a port that were dropped, both directions, by reason.
 # TYPE offload_port_drops_total counter
 offload_port_drops_total{port="web1",reason="ring_full",switch="ext0"} 4.0
+offload_port_drops_total{port="web1",reason="spoofed",switch="ext0"} 2.0
+# HELP offload_port_moves_total Times that an address of a port was heard from the wire instead: \
+its VM moved, or it is used twice.
+# TYPE offload_port_moves_total counter
+offload_port_moves_total{port="web1",switch="ext0"} 1.0
+offload_port_moves_total{port="db1",switch="ext0"} 0.0
 # HELP offload_port_info What a port is.
 # TYPE offload_port_info gauge
 offload_port_info{device="web1",mac="02:15:5d:00:00:01",port="web1",switch="ext0",vlan=""} 1.0
@@ -56,10 +70,11 @@ offload_queue_packets_total{nic="eth1",queue="1"} 1004.0
 # TYPE offload_queue_bytes_total counter
 offload_queue_bytes_total{nic="eth1",queue="0"} 1500.0
 offload_queue_bytes_total{nic="eth1",queue="1"} 64256.0
-# HELP offload_queue_drops_total Frames sorted into a queue and lost before the hand-over.
+# HELP offload_queue_drops_total Frames sorted into a queue and lost before the hand-over, by reason.
 # TYPE offload_queue_drops_total counter
-offload_queue_drops_total{nic="eth1",queue="0"} 0.0
-offload_queue_drops_total{nic="eth1",queue="1"} 4.0
+offload_queue_drops_total{nic="eth1",queue="0",reason="vlan"} 6.0
+offload_queue_drops_total{nic="eth1",queue="1",reason="ring_full"} 4.0
+offload_queue_drops_total{nic="eth1",queue="1",reason="vlan"} 0.0
 # HELP offload_queue_info What a queue is: default, hardware or software.
 # TYPE offload_queue_info gauge
 offload_queue_info{kind="default",nic="eth1",queue="0"} 1.0
@@ -83,6 +98,31 @@ offload_queue_state{nic="eth1",queue="1",state="paused"} 0.0
 # TYPE offload_default_queue_packets_total counter
 offload_default_queue_packets_total{nic="eth1",reason="miss"} 12.0
 offload_default_queue_packets_total{nic="eth1",reason="multicast"} 3.0
+# HELP offload_host_packets_total Frames of the host's interface on a switch by path; \
+direction rx is towards the host.
+# TYPE offload_host_packets_total counter
+offload_host_packets_total{direction="rx",interface="ext0-host",path="local",switch="ext0"} 5.0
+offload_host_packets_total{direction="rx",interface="ext0-host",path="bridge",switch="ext0"} 6.0
+offload_host_packets_total{direction="tx",interface="ext0-host",path="local",switch="ext0"} 7.0
+# HELP offload_host_bytes_total Bytes of the frames of the host's interface on a switch by path; \
+rx is towards the host.
+# TYPE offload_host_bytes_total counter
+offload_host_bytes_total{direction="rx",interface="ext0-host",path="local",switch="ext0"} 500.0
+offload_host_bytes_total{direction="rx",interface="ext0-host",path="bridge",switch="ext0"} 600.0
+offload_host_bytes_total{direction="tx",interface="ext0-host",path="local",switch="ext0"} 700.0
+# HELP offload_host_drops_total Frames of the host's interface on a switch that were dropped, \
+both directions, by reason.
+# TYPE offload_host_drops_total counter
+offload_host_drops_total{interface="ext0-host",reason="vlan",switch="ext0"} 1.0
+# HELP offload_bridge_up 1 while the process of a switch's Python bridge runs, 0 when not.
+# TYPE offload_bridge_up gauge
+offload_bridge_up{switch="lab0"} 1.0
+# HELP offload_bridge_frames_total Frames that a switch's Python bridge has read.
+# TYPE offload_bridge_frames_total counter
+offload_bridge_frames_total{switch="lab0"} 40.0
+# HELP offload_bridge_drops_total Frames that a switch's Python bridge lost or dropped, by reason.
+# TYPE offload_bridge_drops_total counter
+offload_bridge_drops_total{reason="ring",switch="lab0"} 3.0
 # HELP offload_filters Filters in a NIC's table.
 # TYPE offload_filters gauge
 offload_filters{nic="eth1"} 1.0
@@ -127,14 +167,20 @@ class FakeSource:
         ports: Sequence[PortView] = (WEB1, DB1),
         queues: Sequence[QueueView] = tuple(QUEUES),
         nics: Sequence[NicView] = (NIC,),
+        switches: Sequence[SwitchView] = (SWITCH, LAB),
     ) -> None:
         self.broken = ""
         self.asked: list[str] = []
-        self._ports, self._queues, self._nics = ports, queues, nics
+        self._ports, self._queues, self._nics, self._switches = ports, queues, nics, switches
 
     def read(self) -> Scrape:
         return Scrape(
-            self.ports(), self.queues(), self.nics(), self.reconcile_durations(), self.config_load_error()
+            self.ports(),
+            self.queues(),
+            self.nics(),
+            self.switches(),
+            self.reconcile_durations(),
+            self.config_load_error(),
         )
 
     def ports(self) -> Sequence[PortView]:
@@ -148,6 +194,10 @@ class FakeSource:
     def nics(self) -> Sequence[NicView]:
         self._ask("nics")
         return self._nics
+
+    def switches(self) -> Sequence[SwitchView]:
+        self._ask("switches")
+        return self._switches
 
     def reconcile_durations(self) -> Durations:
         self._ask("reconcile_durations")
@@ -207,11 +257,18 @@ def test_registering_reads_nothing() -> None:
 def test_a_scrape_reads_everything_once() -> None:
     source = FakeSource()
     generate_latest(registry_of(source))
-    assert sorted(source.asked) == ["config_load_error", "nics", "ports", "queues", "reconcile_durations"]
+    assert sorted(source.asked) == [
+        "config_load_error",
+        "nics",
+        "ports",
+        "queues",
+        "reconcile_durations",
+        "switches",
+    ]
 
 
 def test_with_nothing_to_show_no_series_is_made_up() -> None:
-    families = list(parse(generate_latest(registry_of(FakeSource((), (), ()))).decode()))
+    families = list(parse(generate_latest(registry_of(FakeSource((), (), (), ()))).decode()))
     assert {family.name for family in families if family.samples} == {
         "offload_reconcile_duration_seconds",
         "offload_config_load_error",

@@ -17,8 +17,8 @@ from offload.model import (
     Bridge,
     BridgePort,
     Change,
-    Guard,
     Master,
+    Member,
     Promiscuous,
     Resource,
     State,
@@ -51,13 +51,14 @@ class DictKernel:
         *,
         detached: bool = False,
         failed: Mapping[str, str] | None = None,
+        may_take: bool = False,
     ) -> Facts:
         return Facts(
             links=FACTS.links,
             online_cpus=(0,),
             digest="d1",
             detached=detached,
-            bridges=frozenset(resource.name for resource in self.state if isinstance(resource, Bridge)),
+            own=frozenset(resource.name for resource in self.state if isinstance(resource, Bridge)),
             peers=FACTS.peers,
             failed=failed or {},
         )
@@ -151,12 +152,12 @@ def test_any_number_of_ports_may_be_left_out(journal: Journal) -> None:
     names = [f"web{number}" for number in range(1, 8)]
     links = {"eth1": ETH1, **{name: link(name, 2 + place, kind="tun") for place, name in enumerate(names, 1)}}
 
-    class NoGuards(DictKernel):
+    class NoPrograms(DictKernel):
         def facts(self, *arguments: Any, **options: Any) -> Facts:
             return replace(super().facts(*arguments, **options), links=links)
 
         def execute(self, change: Change) -> None:
-            if isinstance(change.resource, Guard):
+            if isinstance(change.resource, Member) and change.resource.device in names:
                 raise KernelError("no")
             super().execute(change)
 
@@ -165,7 +166,7 @@ def test_any_number_of_ports_may_be_left_out(journal: Journal) -> None:
         for place, name in enumerate(names, 1)
     )
     many = parse(CONFIG.partition("ports:")[0] + "ports:\n" + ports)
-    result = Reconciler(NoGuards(), journal).apply(many, strict=False)
+    result = Reconciler(NoPrograms(), journal).apply(many, strict=False)
     assert set(result.failed) == set(names)
 
 
