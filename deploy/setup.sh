@@ -5,10 +5,11 @@ set -euo pipefail
 
 usage() {
     cat <<'USAGE'
-usage: sudo deploy/setup.sh [--dev] [--with prometheus]
+usage: sudo deploy/setup.sh [--dev] [--with prometheus] [--list]
 
-  --dev               also what the tests need (pytest, mypy, ruff ...)
+  --dev               also what the tests need (pytest, mypy, ruff, an emulator for other kernels ...)
   --with prometheus   also Debian's Prometheus, unpacked into .cache/prometheus/ and not installed
+  --list              only name the distribution's packages that this would see to
 USAGE
 }
 
@@ -18,10 +19,11 @@ fail() {
     exit "$1"
 }
 
-dev=0 prometheus=0
+dev=0 prometheus=0 list=0
 while [ $# -gt 0 ]; do
     case $1 in
         --dev) dev=1 ;;
+        --list) list=1 ;;
         --with)
             [ "${2-}" = prometheus ] || fail 2 "--with takes: prometheus"
             prometheus=1
@@ -47,13 +49,6 @@ umask 022
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$repo/.venv
 
-[ "$(uname -s)" = Linux ] || fail 3 "this needs Linux"
-# shellcheck source=/dev/null
-distribution=$(. /etc/os-release && printf '%s %s' "${ID-}" "${VERSION_ID-}") || distribution=unknown
-[ "$distribution" = "debian 12" ] ||
-    fail 3 "this is written for Debian 12 and found '$distribution'; elsewhere install the packages named in deploy/setup.sh by hand"
-[ "$(id -u)" = 0 ] || fail 4 "root is needed to install packages; run: sudo deploy/setup.sh"
-
 # Package, and what it is for.
 packages() {
     cat <<'LIST'
@@ -67,10 +62,30 @@ iputils-ping        traffic for demo and tests
 iperf3              traffic for demo and tests (its service stays off)
 tcpdump             looking at traffic
 LIST
-    if [ "$dev" = 1 ]; then
-        echo "bpftool             another's view of what is attached, for the tests"
-    fi
+    [ "$dev" = 1 ] || return 0
+    cat <<'LIST'
+bpftool             another's view of what is attached, for the tests
+qemu-system-x86     boots other kernels, for the tests
+busybox-static      starts them
+kmod                loads their modules
+zstd                unpacks some of them
+e2fsprogs           makes their disks
+dnsmasq-base        gives guests their addresses, for the tests
+nftables            rules that the fast path passes by, for the tests
+tshark              reads what the port mirror wrote, for the tests
+LIST
 }
+if [ "$list" = 1 ]; then
+    packages | cut -d ' ' -f 1
+    exit
+fi
+
+[ "$(uname -s)" = Linux ] || fail 3 "this needs Linux"
+# shellcheck source=/dev/null
+distribution=$(. /etc/os-release && printf '%s %s' "${ID-}" "${VERSION_ID-}") || distribution=unknown
+[ "$distribution" = "debian 12" ] ||
+    fail 3 "this is written for Debian 12 and found '$distribution'; elsewhere install the packages named in deploy/setup.sh by hand"
+[ "$(id -u)" = 0 ] || fail 4 "root is needed to install packages; run: sudo deploy/setup.sh"
 
 apt() {
     # The lock on descriptor 9 must not outlive this script in something that a package starts.

@@ -1,14 +1,17 @@
 #!/bin/bash
 # Installs what is missing, then runs the static checks and every test tier.
-#   sudo deploy/test.sh [--fast] [pytest arguments]
-# --fast leaves out the files marked slow: those that take more than half a minute.
+#   sudo deploy/test.sh [--fast] [--vm KERNEL] [--nic DRIVER] [--long] [pytest arguments]
+# --fast        leaves out the booted kernels and the files marked slow: those that take more than half a minute.
+# --vm KERNEL   boots this kernel only (6.1, 6.12 ...; several times; default: all, each with a choice of the tests).
+# --nic DRIVER  tries this emulated network card only; likewise.
+# --long        whole products where a choice would do; with `--vm all --long` every test on every kernel (hours).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 arguments=()
 for argument in "$@"; do
     if [ "$argument" = --fast ]; then
-        arguments+=(-m 'not slow')
+        arguments+=(-m 'not slow and not vm')
     else
         arguments+=("$argument")
     fi

@@ -1,0 +1,85 @@
+"""The rig itself: what a machine answers, how it fails, and which skips are excused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm.image import closure
+from tests.vm.kernels import KERNELS
+from tests.vm.machine import Machine, MachineError
+from tests.vm.test_kernels import Outcome
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.a" name="one"/>
+<testcase classname="tests.a" name="two"><failure message="short">the whole text</failure></testcase>
+<testcase classname="tests.a" name="three"><error message="no text"/></testcase>
+<testcase classname="tests.a" name="four"><skipped message="Linux before 6.3 does not tell"/></testcase>
+<testcase classname="tests.a" name="five"><skipped message="somebody felt like it"/></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture(scope="module")
+def machine(privilege: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine with the first kernel, on a tree of one file. Scope: one module."""
+    tree = tmp_path_factory.mktemp("tree")
+    (tree / "here").write_text("as it is now")
+    with Machine(next(iter(KERNELS.values())), tree) as machine:
+        yield machine
+
+
+@pytest.mark.vm
+def test_a_command_s_output_and_exit_code(machine: Machine) -> None:
+    result = machine.run(
+        "bash", "-c", "cat here; echo complaint >&2; echo $WORD; exit 3", env={"WORD": "said"}
+    )
+    assert (result.stdout, result.stderr, result.exit_code) == ("as it is nowsaid\n", "complaint\n", 3)
+    assert machine.run("no-such-command").exit_code == 127
+    assert machine.run("uname", "-r").stdout.startswith(f"{machine.kernel.name}.")
+
+
+@pytest.mark.vm
+def test_a_long_output_is_whole(machine: Machine) -> None:
+    assert machine.run("seq", "100000").stdout == "".join(f"{number}\n" for number in range(1, 100001))
+
+
+@pytest.mark.vm
+def test_what_the_tests_need_is_inside(machine: Machine) -> None:
+    """The venv, bcc, and a bridge that filters VLANs: what these machines are for."""
+    assert machine.run("python", "-c", "import bcc, pyroute2, pytest").exit_code == 0
+    made = machine.run("ip", "link", "add", "bridge0", "type", "bridge", "vlan_filtering", "1")
+    assert (made.exit_code, made.stderr) == (0, "")
+
+
+@pytest.mark.vm
+def test_a_process_that_stays_behind_is_not_waited_for(machine: Machine) -> None:
+    assert machine.run("bash", "-c", "sleep 1000 & echo away", timeout=30).stdout == "away\n"
+
+
+@pytest.mark.vm
+def test_a_panic_is_told_with_the_console(machine: Machine) -> None:
+    """The last test on this machine."""
+    with pytest.raises(MachineError, match=r"has stopped[\s\S]*sysrq: Trigger a crash"):
+        machine.run("bash", "-c", "echo c >/proc/sysrq-trigger; sleep 10", timeout=60)
+
+
+def test_outcomes_are_read_from_the_report() -> None:
+    outcome = Outcome.read(REPORT)
+    assert outcome.passed == 1
+    assert outcome.failures == {"tests.a::two": "the whole text", "tests.a::three": "no text"}
+    assert list(outcome.skips) == ["tests.a::four", "tests.a::five"]
+
+
+@pytest.mark.parametrize(("kernel", "wrong"), [("6.1", ["five"]), ("6.12", ["four", "five"])])
+def test_a_skip_needs_an_excuse(kernel: str, wrong: list[str]) -> None:
+    assert list(Outcome.read(REPORT).wrong_skips(kernel)) == [f"tests.a::{name}" for name in wrong]
+
+
+def test_an_image_has_what_its_packages_depend_on() -> None:
+    if not Path("/var/lib/dpkg/status").exists():
+        pytest.skip("not a Debian")
+    found = {package.partition(":")[0] for package in closure(["coreutils"])}
+    assert {"coreutils", "libc6"} <= found
+    assert "python3" not in found
