@@ -15,6 +15,14 @@ import pytest
 from tests.lab import Lab, missing_privilege
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="try every combination where a choice would do, and watch a minute where seconds would do",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "privilege" in getattr(item, "fixturenames", ()):
@@ -29,6 +37,23 @@ def privilege() -> None:
         pytest.fail(reason)
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether ``--long`` was asked for."""
+    return bool(request.config.getoption("long"))
+
+
+@pytest.fixture(scope="session")
+def bridge_filters_vlans(privilege: None) -> bool:
+    """Whether this kernel has CONFIG_BRIDGE_VLAN_FILTERING; else it answers EOPNOTSUPP."""
+    with Lab(queues=1) as lab:
+        made = lab.host.run(
+            "ip", "link", "add", "probe", "type", "bridge", "vlan_filtering", "1", check=False
+        )
+    assert made.returncode == 0 or "not supported" in made.stderr, made.stderr
+    return made.returncode == 0
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,9 @@ BPFFS = Path("/sys/fs/bpf")
 
 @cache
 def shared_cache() -> Path:
+    """Where compiled programs are kept: in OFFLOAD_COMPILED if that is set, else for the test run."""
+    if kept := os.environ.get("OFFLOAD_COMPILED"):
+        return Path(kept)
     directory = Path(tempfile.mkdtemp(prefix="offload-cache-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
@@ -84,16 +87,39 @@ class Instance:
             *("--pin-dir", str(paths.pin_dir)),
         ]
 
-    def start(self, *, ready: bool = True) -> Self:
-        """Start the daemon; with ``ready`` wait until it answers."""
+    def start(self, *, ready: bool = True, speaking: Iterable[Vm] = ()) -> Self:
+        """Start the daemon; with ``ready`` wait until it answers, then let ``speaking`` be heard."""
         command = [sys.executable, "-m", "offload", "run", "--config", str(self.file), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen([*self.host.argv(), *command], stdout=log, stderr=log)
         if ready:
             process = self.process
-            wait_until(lambda: self.ready() or process.poll() is not None, "the daemon answers", 20)
+            wait_until(lambda: self.ready() or process.poll() is not None, "the daemon answers", 60)
             assert process.poll() is None, self.log.read_text()
+            self.hear(*speaking)
         return self
+
+    def hear(self, *vms: Vm) -> None:
+        """Let VMs speak on their ports, and wait till all that follows from it is done.
+
+        What has not been heard yet has no filter. Also a device that was made anew must speak again.
+        """
+        for vm in vms:
+            vm.announce()
+        self.wait_heard(*(vm.mac for vm in vms))
+
+    def wait_heard(self, *macs: str) -> None:
+        """Wait till these addresses were heard from their ports, and nothing is left to do for ``file``."""
+
+        def done() -> bool:
+            with Client(self.paths.socket) as client:
+                stations = [station for port in client.ports() for station in port.stations]
+                here = {station.mac for station in stations if station.state == "here"}
+                left = client.apply(self.file.read_text(), str(self.file), dry_run=True).changes
+            return here.issuperset(macs) and not left
+
+        if macs:
+            wait_until(done, f"{', '.join(macs)} are heard", 30)
 
     def ready(self) -> bool:
         """Whether somebody answers. The socket is there before that, and after a daemon was killed."""

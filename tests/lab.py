@@ -98,22 +98,27 @@ class Lab:
         try:
             self.host = self.namespace("host")
             self.wire = self.namespace("wire")
-            self._make_nic(queues)
+            self.add_nic(self.nic, self.wire_end, queues=queues)
         except BaseException:
             self.close()
             raise
 
-    def _make_nic(self, queues: int) -> None:
+    def add_nic(
+        self, nic: str, wire_end: str, number: int = 0, queues: int = 4, host: Namespace | None = None
+    ) -> None:
+        """A NIC and its wire. Its MACs are those of the first one with ``number`` in their fifth byte."""
+        host = host or self.host
         ends = f"numrxqueues {queues} numtxqueues {queues}"
-        self.host.ip(
-            f"link add {self.nic} mtu {self.mtu} address {NIC_MAC} {ends} type veth "
-            f"peer name {self.wire_end} mtu {self.mtu} address {WIRE_MAC} {ends} netns {self.wire.name}"
+        near, far = (f"{mac[:12]}{number:02x}{mac[14:]}" for mac in (NIC_MAC, WIRE_MAC))
+        host.ip(
+            f"link add {nic} mtu {self.mtu} address {near} {ends} type veth "
+            f"peer name {wire_end} mtu {self.mtu} address {far} {ends} netns {self.wire.name}"
         )
         # A tag must be in the bytes that XDP sees, and a checksum must be complete there.
-        self.wire.run("ethtool", "-K", self.wire_end, "txvlan", "off", "tx-vlan-stag-hw-insert", "off")
-        self.wire.run("ethtool", "-K", self.wire_end, "tx", "off", "tso", "off", "gso", "off")
-        self.host.ip(f"link set {self.nic} up")
-        self.wire.ip(f"link set {self.wire_end} up")
+        self.wire.run("ethtool", "-K", wire_end, "txvlan", "off", "tx-vlan-stag-hw-insert", "off")
+        self.wire.run("ethtool", "-K", wire_end, "tx", "off", "tso", "off", "gso", "off")
+        host.ip(f"link set {nic} up")
+        self.wire.ip(f"link set {wire_end} up")
 
     def namespace(self, label: str) -> Namespace:
         """A namespace of this lab; its name is unique to the process."""
@@ -129,27 +134,37 @@ class Lab:
                 ns.sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1, missing_ok=True)
         return ns
 
-    def vm(self, device: str, mac: str, address: str | None = None, queues: int = 1) -> Vm:
+    def vm(
+        self,
+        device: str,
+        mac: str,
+        address: str | None = None,
+        queues: int = 1,
+        host: Namespace | None = None,
+    ) -> Vm:
         """A VM namespace whose ``eth0`` has ``mac``; its other end is ``device`` in the host namespace.
 
         ``address`` is ``192.0.2.11/24`` or nothing. Both ends are up. The peer's GRO is left as
         the kernel makes it (off): switching it on is the product's work.
         """
         vm = Vm(device, mac, self.namespace(device))
-        self.plug(vm, address, queues)
+        self.plug(vm, address, queues, host)
         return vm
 
-    def plug(self, vm: Vm, address: str | None = None, queues: int = 1) -> None:
+    def plug(
+        self, vm: Vm, address: str | None = None, queues: int = 1, host: Namespace | None = None
+    ) -> None:
         """Make the VM's veth pair; also again, after ``unplug``."""
+        host = host or self.host
         ends = f"numrxqueues {queues} numtxqueues {queues}"
-        self.host.ip(
+        host.ip(
             f"link add {vm.device} mtu {self.mtu} {ends} type veth "
             f"peer name eth0 mtu {self.mtu} address {vm.mac} {ends} netns {vm.ns.name}"
         )
         if address is not None:
             vm.ns.ip(f"address add {address} dev eth0")
         vm.ns.ip("link set eth0 up")
-        self.host.ip(f"link set {vm.device} up")
+        host.ip(f"link set {vm.device} up")
 
     def unplug(self, vm: Vm) -> None:
         self.host.ip(f"link delete {vm.device}")
@@ -178,6 +193,29 @@ class Lab:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class TwoHosts(Lab):
+    """A lab with a second host, ``other``. The wire is a learning switch with both NICs and ``client`` at it.
+
+    ``client`` has ``eth0``. Both hosts call their NIC ``nic``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            self.other = self.namespace("other")
+            self.add_nic(self.nic, "wire1", number=1, host=self.other)
+            self.client = self.namespace("client")
+            self.wire.ip(f"link add client0 type veth peer name eth0 netns {self.client.name}")
+            self.client.ip("link set eth0 up")
+            self.wire.ip("link add fabric0 type bridge")
+            self.wire.ip("link set fabric0 up")
+            for device in (self.wire_end, "wire1", "client0"):
+                self.wire.ip(f"link set {device} master fabric0 up")
+        except BaseException:
+            self.close()
+            raise
 
 
 @dataclass(frozen=True)
@@ -256,6 +294,10 @@ class Vm:
     def send(self, frames: Iterable[bytes]) -> int:
         return self.ns.send("eth0", frames)
 
+    def announce(self, tags: bytes = b"") -> None:
+        """Be heard on the port: a frame to the VM's own MAC, which reaches nobody."""
+        self.send([test_frame(self.mac, self.mac, tags=tags)])
+
 
 class _Collector(abc.ABC):
     """Frames in order of arrival. A subclass says how to read one, and which fds to wait on."""
@@ -273,6 +315,12 @@ class _Collector(abc.ABC):
         """All frames so far."""
         self._frames.extend(self._read_ready())
         return list(self._frames)
+
+    def take(self) -> list[bytes]:
+        """The frames that came since the last time, each of them once."""
+        found = self.frames()
+        self._frames.clear()
+        return found
 
     def forget(self) -> None:
         """Begin anew: what came so far was not."""
@@ -346,6 +394,42 @@ class Capture(_Collector):
         self.close()
 
 
+class Listener:
+    """What comes to a namespace, on one device or on any, with the device's name.
+
+    ``protocol`` is the EtherType of the frames to hear. Such a listener is a part of the protocol stack:
+    it hears what the stack would get, after tc and bridges had their way, and no tags. Without a
+    protocol it hears every frame that arrives, before all of those, and no outgoing one.
+    """
+
+    def __init__(self, ns: Namespace, protocol: int = ETH_P_ALL, device: str | None = None) -> None:
+        self.of_stack = protocol != ETH_P_ALL
+        self._socket = ns.call(lambda: _packet_socket(device, protocol))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def read(self) -> Iterator[tuple[str, bytes]]:
+        """Device and bytes of every frame that waits, tags included."""
+        while True:
+            try:
+                data, ancillary, _, address = self._socket.recvmsg(65536, socket.CMSG_SPACE(AUXDATA.size))
+            except BlockingIOError:
+                return
+            yield address[0], _with_tag(data, ancillary)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 class Tap(_Collector):
     """The VM's end of a tap: frames that the host sent to it, and a way to send.
 
@@ -378,6 +462,14 @@ class Tap(_Collector):
     def send(self, frames: Iterable[bytes], queue: int = 0) -> None:
         for frame in frames:
             os.write(self._queues[queue], frame)
+
+    def fileno(self) -> int:
+        """For select: readable when the first queue has a frame."""
+        return self._queues[0]
+
+    def announce(self, mac: str, tags: bytes = b"") -> None:
+        """Be heard as ``mac``: a frame to that very MAC, which reaches nobody."""
+        self.send([test_frame(mac, mac, tags=tags)])
 
     def close(self) -> None:
         while self._queues:
@@ -437,6 +529,54 @@ class Stream:
         self.stop()
 
 
+class Session:
+    """A context manager with a TCP session to a server that sends back what it gets, till ``stop``.
+
+    ``blocks`` of 4 KiB went there and came back unchanged so far. One that takes a minute fails.
+    """
+
+    def __init__(self, client: Namespace, address: str, port: int) -> None:
+        self.blocks = 0
+        self._ending = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._connection = client.call(lambda: socket.create_connection((address, port), 60))
+        self._done = self._pool.submit(self._run)
+
+    def _run(self) -> None:
+        with self._connection, self._connection.makefile("rb") as answers:
+            while not self._ending.wait(0.005):
+                block = struct.pack("!I", self.blocks) * 1024
+                self._connection.sendall(block)
+                assert answers.read(len(block)) == block
+                self.blocks += 1
+
+    def run_on(self, blocks: int = 20) -> None:
+        """Return when this many blocks more went there and back."""
+        goal = self.blocks + blocks
+        wait_until(lambda: self._done.done() or self.blocks >= goal, "the session goes on", 60)
+        if self._done.done():
+            self._done.result()
+
+    def stop(self) -> None:
+        """End it, if it runs. Raises what went wrong in it."""
+        self._ending.set()
+        self._done.result()
+        self._pool.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.stop()
+            return
+        with contextlib.suppress(OSError):  # it may have failed before, and has nothing to add
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._pool.shutdown()
+
+
 AS_NOBODY = (
     # Nobody may read what is being tested, wherever the checkout lies; and nothing else.
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
@@ -486,10 +626,15 @@ def udp4(
     length = 8 + len(payload)
     pseudo = source + target + struct.pack("!BBH", 0, 17, length)
     udp = struct.pack("!HHHH", sport, dport, length, 0) + payload
-    udp = udp[:6] + struct.pack("!H", _checksum(pseudo + udp) or 0xFFFF) + udp[8:]
-    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + length, 0, 0, 64, 17, 0, source, target)
-    ip = ip[:10] + struct.pack("!H", _checksum(ip)) + ip[12:]
+    udp = udp[:6] + struct.pack("!H", checksum(pseudo + udp) or 0xFFFF) + udp[8:]
+    ip = ip4_header(source, target, socket.IPPROTO_UDP, length)
     return mac_bytes(dst) + mac_bytes(src) + tags + b"\x08\x00" + ip + udp
+
+
+def ip4_header(source: bytes, target: bytes, protocol: int, length: int) -> bytes:
+    """An IPv4 header with its checksum, before ``length`` bytes of ``protocol``."""
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + length, 0, 0, 64, protocol, 0, source, target)
+    return ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:]
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = DEADLINE) -> None:
@@ -556,13 +701,16 @@ def _send_one(sender: socket.socket, frame: bytes) -> None:
             select.select([], [sender], [], 0.01)
 
 
-def _packet_socket(device: str) -> socket.socket:
-    receiver = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+def _packet_socket(device: str | None, protocol: int = ETH_P_ALL) -> socket.socket:
+    """Frames of one device, or of all in the namespace."""
+    everywhere = socket.htons(protocol) if device is None else 0
+    receiver = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, everywhere)
     try:
         receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 256 << 20)
         receiver.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
         receiver.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
-        receiver.bind((device, ETH_P_ALL))
+        if device is not None:
+            receiver.bind((device, protocol))
     except BaseException:
         receiver.close()
         raise
@@ -589,7 +737,8 @@ def _open_tap(request: bytes) -> int:
     return fd
 
 
-def _checksum(data: bytes) -> int:
+def checksum(data: bytes) -> int:
+    """The Internet checksum (RFC 1071)."""
     words = array.array("H", data + b"\0" * (len(data) % 2))
     words.byteswap()
     total = sum(words)

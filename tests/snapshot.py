@@ -56,6 +56,10 @@ def snapshot_of(instance: Instance) -> Snapshot:
         if path.name in ("ports", "classifier"):  # arrays that the controller maps into memory
             with Map.pinned(path) as table, table.mapped() as memory:
                 found[f"contents of {path}"] = hashlib.sha256(memory).hexdigest()
+        if path.name in ("members", "stations", "trunks"):  # hashes
+            with Map.pinned(path) as table:
+                rows = sorted(f"{key.hex()}: {value.hex()}" for key, value in table.items())
+            found[f"contents of {path}"] = "\n".join(rows)
     for directory in (paths.run_dir, paths.state_dir):
         for file in directory.rglob("*"):
             if file.is_file() and paths.cache.name not in file.relative_to(directory).parts:

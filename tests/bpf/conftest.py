@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.bpf.loaded import Vmq
+from tests.instance import shared_cache
 from tests.lab import Lab
 
 
 @pytest.fixture(scope="session")
-def cache(privilege: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(privilege: None) -> Path:
     """Where compiled programs are kept. Scope: the test run."""
-    return tmp_path_factory.mktemp("cache")
+    return shared_cache()
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class Running:
 
 @pytest.fixture
 def run(privilege: None) -> Iterator[Callable[..., Running]]:
-    """Start a daemon: ``run(cpu=1)`` gives both ports that ``cpu``. Scope: one test."""
+    """Start a daemon: ``run(cpu=1)`` gives both ports that ``cpu``. Both VMs are heard. Scope: one test."""
     with contextlib.ExitStack() as stack:
 
         def start(**port: object) -> Running:
@@ -65,7 +65,7 @@ def run(privilege: None) -> Iterator[Callable[..., Running]]:
             vms = vms_of(lab, 2)
             config = config_of(lab.nic, {name: vm.mac for name, vm in vms.items()}, **port)
             instance = stack.enter_context(Instance(lab.host, config))
-            return Running(lab, instance.start(), vms)
+            return Running(lab, instance.start(speaking=vms.values()), vms)
 
         yield start
 
@@ -82,8 +82,9 @@ def test_a_queue_moves_between_cpus_without_loss(run: Callable[..., Running]) ->
     instance = running.instance
     config = json.loads(instance.file.read_text())
     del config["ports"]["web1"]
-    instance.cli("apply", str(instance.write(config, "without.yaml")))
+    instance.cli("apply", str(instance.write(config)))
     instance.cli("port", "add", "web1", "--switch", "ext0", "--device", "web1", "--mac", MAC, "--cpu", "0")
+    instance.hear(running.vms["web1"])
     with running.stream() as stream:
         for cpu in ("1", "0", "nic", "1", "nic"):
             instance.cli("port", "set", "web1", "--cpu", cpu)
@@ -139,14 +140,17 @@ def test_a_veth_made_anew_under_traffic_comes_back(run: Callable[..., Running], 
         instance.wait_port("web1", state="waiting", path="bridge", reason="there is no device web1 yet")
         stream.run_on(100)
         lab.plug(vm)
-        instance.wait_port("web1", 2, state="active", path="queue", reason=None)
+        instance.wait_port("web1", 2, state="active", path="bridge")
         with vm.capture() as seen:
             seen.wait_for(100)
+            vm.announce()
+            instance.wait_port("web1", 2, state="active", path="queue", reason=None)
+            seen.wait_for(len(seen.frames()) + 100)
         stream.stop()
         other.assert_silent()
     assert_all_counted(instance, "web1", stream.sent)
     missed = instance.json("nics")[0]["default_queue"]
-    assert missed["no_device"] + missed["paused"] >= 100  # before the daemon knew, and after
+    assert missed["no_filter"] >= 200  # when the daemon knew, and until the new device was heard
 
 
 @pytest.mark.parametrize("cpu", PLACES.values(), ids=PLACES.keys())
@@ -159,6 +163,8 @@ def test_a_tap_made_anew_under_traffic_comes_back(run: Callable[..., Running], c
     instance.cli("apply", str(instance.write(config)))
     assert instance.port("tap1")["state"] == "waiting"
     tap = lab.tap("tap1")
+    instance.wait_port("tap1", 2, state="active")
+    tap.announce(mac)
     instance.wait_port("tap1", 2, path="queue")
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(vm.capture()) for vm in running.vms.values()]
@@ -168,8 +174,11 @@ def test_a_tap_made_anew_under_traffic_comes_back(run: Callable[..., Running], c
         instance.wait_port("tap1", state="waiting", path="bridge")
         stream.run_on(100)
         tap = lab.tap("tap1")
-        instance.wait_port("tap1", 2, state="active", path="queue", reason=None)
+        instance.wait_port("tap1", 2, state="active", path="bridge")
         tap.wait_for(100)
+        tap.announce(mac)
+        instance.wait_port("tap1", 2, state="active", path="queue", reason=None)
+        tap.wait_for(len(tap.frames()) + 100)
         stream.stop()
         for other in others:
             other.assert_silent()
@@ -210,7 +219,7 @@ def test_a_nic_made_anew_is_taken_again(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab()
     vms = vms_of(lab, 2)
     with Instance(lab.host, config_of(lab.nic, {name: vm.mac for name, vm in vms.items()})) as instance:
-        instance.start()
+        instance.start(speaking=vms.values())
         lab.host.ip(f"link del {lab.nic}")
         port = instance.wait_port("web1", path="bridge", queue=None)
         assert port["reason"] == "its switch has no NIC that could sort frames"
@@ -330,7 +339,9 @@ def test_frames_that_the_target_cannot_take_go_through_the_bridge(
     for name, cpu in {"web1": 0, "web2": 1, "web3": 1, "tap1": 1}.items():
         config["ports"][name]["cpu"] = cpu
     with contextlib.ExitStack() as stack:
-        instance = stack.enter_context(Instance(lab.host, config)).start()
+        instance = stack.enter_context(Instance(lab.host, config)).start(speaking=vms.values())
+        tap.announce(macs["tap1"])
+        instance.wait_heard(macs["tap1"])
         ears = {name: stack.enter_context(vm.capture()) for name, vm in vms.items()} | {"tap1": tap}
         jumbo = {
             name: [test_frame(mac, WIRE_MAC, size=size) for size in (8000, 9014)]

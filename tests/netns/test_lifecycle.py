@@ -81,11 +81,15 @@ def site(privilege: None) -> Iterator[Site]:
 
 @pytest.fixture
 def start(site: Site) -> Iterator[Callable[..., Instance]]:
-    """Start a daemon: ``start(config)``; without a config, that of eth1. Scope: one test."""
+    """Start a daemon and hear its VMs: ``start(config)``; without one, that of eth1. Scope: one test."""
     with ExitStack() as stack:
-        yield lambda config=None: stack.enter_context(
-            Instance(site.lab.host, site.config() if config is None else config)
-        ).start()
+
+        def started(config: dict[str, Any] | None = None) -> Instance:
+            config = config or site.config()
+            instance = stack.enter_context(Instance(site.lab.host, config))
+            return instance.start(speaking=[vm for name, vm in site.vms.items() if name in config["ports"]])
+
+        yield started
 
 
 def program(instance: Instance) -> int:
@@ -275,6 +279,7 @@ def test_detach_after_a_device_has_gone(site: Site, start: Callable[..., Instanc
     config = site.config()
     config["ports"]["brief1"] = {"switch": "ext0", "device": "brief1", "mac": vm.mac}
     instance = start(config)
+    instance.hear(vm)
     assert instance.port("brief1")["path"] == "queue"
     instance.stop(signal.SIGKILL)
     lab.unplug(vm)
@@ -291,7 +296,7 @@ def test_detach_after_a_device_has_gone(site: Site, start: Callable[..., Instanc
 
 
 @pytest.fixture(scope="module")
-def crowd(privilege: None) -> Iterator[tuple[Lab, dict[str, str]]]:
+def crowd(privilege: None) -> Iterator[tuple[Lab, Namespace, dict[str, str]]]:
     """A lab with a NIC and a hundred veth ports, whose other ends are in one namespace. Scope: the module."""
     with Lab() as lab:
         vms = lab.namespace("vms")
@@ -307,7 +312,7 @@ def crowd(privilege: None) -> Iterator[tuple[Lab, dict[str, str]]]:
         batch(lab.host, lines)
         batch(vms, [f"link set p{name} up" for name in macs])
         settled(lab.host)
-        yield lab, macs
+        yield lab, vms, macs
 
 
 def batch(ns: Namespace, lines: list[str]) -> None:
@@ -315,13 +320,16 @@ def batch(ns: Namespace, lines: list[str]) -> None:
     ns.run("sh", "-c", 'printf "%s\\n" "$@" | ip -batch -', "sh", *lines)
 
 
-def test_hundred_ports(crowd: tuple[Lab, dict[str, str]]) -> None:
+def test_hundred_ports(crowd: tuple[Lab, Namespace, dict[str, str]]) -> None:
     """Little memory, although this daemon compiled its programs; and a second look changes nothing."""
-    lab, macs = crowd
+    lab, vms, macs = crowd
     before = snapshot(lab.host)
     with Instance(lab.host, config_of(lab.nic, macs)) as instance:
         instance.paths.cache.unlink()  # nothing is compiled yet
         instance.start()
+        for name, mac in macs.items():
+            vms.send(f"p{name}", [test_frame(mac, mac)])
+        instance.wait_heard(*macs.values())
         ports = instance.json("ports")
         assert [(port["state"], port["path"]) for port in ports] == [("active", "queue")] * MANY
         assert len(instance.json("queues")) == MANY + 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from offload.client import Client
+from offload.kernel import host
 from tests.instance import Instance, config_of, vms_of
 from tests.lab import Lab, Vm
 from tests.snapshot import Snapshot, assert_unchanged, settled, snapshot, snapshot_of
@@ -37,8 +38,9 @@ class Site:
         return {key: value for key, value in everything.items() if not key.endswith("/classifier")}
 
     def add(self, name: str, *options: str) -> None:
-        """Add a port for the VM ``name``, whose device has the same name."""
+        """Add a port for the VM ``name``, whose device has the same name, and hear from it."""
         self.daemon.cli("port", "add", name, *self.place(name), "--mac", self.vms[name].mac, *options)
+        self.daemon.hear(self.vms[name])
 
     @staticmethod
     def place(device: str) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ def module_site(privilege: None) -> Iterator[Site]:
         config["nics"]["eth1"] = {"queues": {"max": 2}}
         config["mac_range"] = {"first": FIRST, "last": LAST}
         with Instance(lab.host, config) as daemon:
-            site = Site(lab, vms, daemon.start())
+            site = Site(lab, vms, daemon.start(speaking=[vms["web1"]]))
             site.empty = _settled(site.snapshot())
             yield site
 
@@ -172,7 +174,9 @@ def test_port_of_the_config_file_is_refused(site: Site, command: tuple[str, ...]
             "ports.web2.cpu: 4000: a CPU that is online",
             id="no-such-cpu",
         ),
-        pytest.param(3, ("add", "web2", *Site.place("web2"), "--vlan", "10"), "ports.web2.vlan: ", id="vlan"),
+        pytest.param(
+            3, ("add", "web2", *Site.place("web2"), "--vlan", "10"), "VLAN 10 would leak", id="vlan"
+        ),
         pytest.param(
             3,
             ("add", "web2", *Site.place("web2"), "--queue", "hardware"),
@@ -183,11 +187,13 @@ def test_port_of_the_config_file_is_refused(site: Site, command: tuple[str, ...]
 )
 def test_refusals(site: Site, code: int, command: tuple[str, ...], told: str) -> None:
     """Also no file is written, and no address of the range is held for a port that is not there."""
+    if "--vlan" in command and host.bridges()[1].state == "yes":
+        pytest.skip("this kernel's bridge filters VLANs")
     assert told in site.refused(code, "port", *command)
 
 
 def test_a_port_that_was_refused_can_be_added_right(site: Site) -> None:
-    site.refused(3, "port", "add", "web2", *site.place("web2"), "--vlan", "10")
+    site.refused(3, "port", "add", "web2", *site.place("web2"), "--queue", "hardware")
     site.add("web2")
     assert site.daemon.port("web2")["path"] == "queue"
 
@@ -285,14 +291,16 @@ def test_device_that_appears_later(site: Site) -> None:
     waiting = site.daemon.port("late1")
     assert (waiting["state"], waiting["path"]) == ("waiting", "bridge")
     assert waiting["reason"] == "there is no device late1 yet"
-    for _ in range(2):
+    for again in (True, True, False):
         site.lab.plug(vm)
-        port = site.daemon.wait_port("late1", state="active", path="queue")
-        assert port["reason"] is None
-        site.lab.unplug(vm)
-        site.daemon.wait_port("late1", state="waiting")
-    site.lab.plug(vm)
-    site.daemon.wait_port("late1", state="active", path="queue")
+        port = site.daemon.wait_port("late1", state="active")
+        assert (port["path"], port["reason"]) == ("bridge", f"nothing has been heard from {vm.mac} yet")
+        site.daemon.hear(vm)
+        port = site.daemon.port("late1")
+        assert (port["path"], port["reason"]) == ("queue", None)
+        if again:
+            site.lab.unplug(vm)
+            site.daemon.wait_port("late1", state="waiting")
     site.daemon.cli("port", "remove", "late1")
     assert "ext0" not in site.lab.host.ip("link show late1")
     site.lab.unplug(vm)

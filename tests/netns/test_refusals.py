@@ -26,6 +26,7 @@ import pytest
 from offload import operate
 from offload.client import Client
 from offload.errors import OffloadError
+from offload.kernel.host import bridges
 from tests.instance import Instance, config_of, vms_of
 from tests.lab import (
     AS_NOBODY,
@@ -101,7 +102,7 @@ def bench(privilege: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         settled(lab.host, lab.wire, *(vm.ns for vm in vms.values()))
         host = FurnishedNamespace(lab.host.name, run_dir)
         good = config_of(lab.nic, {name: vms[name].mac for name in ("web1", "web2")})
-        daemon = stack.enter_context(Instance(host, good)).start()
+        daemon = stack.enter_context(Instance(host, good)).start(speaking=[vms["web1"], vms["web2"]])
         other = stack.enter_context(Instance(host, {}))
         yield Bench(lab, vms, run_dir, good, daemon, other)
 
@@ -157,6 +158,7 @@ def test_the_spare_config_is_good(bench: Bench) -> None:
     bench.other.cli("plan", str(bench.other.write(spare())))
     before = snapshot(bench.lab.host, bench.lab.wire)
     bench.daemon.cli("apply", str(bench.daemon.write(bench.with_good(spare()))))
+    bench.daemon.hear(bench.vms["spare1"])
     assert bench.daemon.port("spare1")["path"] == "queue"
     bench.daemon.cli("apply", str(bench.daemon.write(bench.good)))
     assert_unchanged(before, lambda: snapshot(bench.lab.host, bench.lab.wire))
@@ -248,10 +250,10 @@ PARSED = [
         id="full-bridge",
     ),
     pytest.param(
-        setting("switches", "ext1", "bridge", to="python"),
+        setting("ports", "spare1", "queue", to="hardware"),
         3,
-        "switches.ext1.bridge:",
-        "use bridge: kernel",
+        "ports.spare1.queue: hardware:",
+        "not in this version",
         id="later-version",
     ),
 ]
@@ -454,7 +456,7 @@ TROUBLES = {
     ),
     "vlan-without-filtering": Trouble(
         3,
-        ("ports.spare1.vlan", "no VLAN filtering", "remove `vlan:`"),
+        ("switches.ext1", "no VLAN filtering", "VLAN 10 would leak", "use `bridge: python`"),
         change=setting("ports", "spare1", "vlan", to=10),
     ),
 }
@@ -478,6 +480,8 @@ FAILS_HALF_WAY = {
 
 @pytest.mark.parametrize("name", TROUBLES)
 def test_host_is_in_the_way(bench: Bench, name: str) -> None:
+    if name == "vlan-without-filtering" and bridges()[1].state == "yes":
+        pytest.skip("this kernel's bridge filters VLANs")
     _refused_everywhere(bench, TROUBLES[name], planned=True)
 
 
@@ -522,7 +526,7 @@ def test_generic_mode_works_where_native_does_not(bench: Bench) -> None:
         _uplink("ifb2", xdp_mode="generic")(config)
         before = snapshot(bench.lab.host, bench.vms["spare1"].ns)
         with Instance(bench.daemon.host, config) as generic:
-            generic.start()
+            generic.start(speaking=[bench.vms["spare1"]])
             (nic,) = generic.json("nics")
             assert nic["mode"] == "generic"
             assert generic.port("spare1")["path"] == "queue"
@@ -553,7 +557,7 @@ def test_port_in_a_foreign_bridge_fails_alone(bench: Bench) -> None:
 def test_recycled_vnet_name_waits_for_its_own_vm(bench: Bench) -> None:
     """libvirt gives a tap the MAC of its guest with the first byte fe; this one is another guest's."""
     host = bench.lab.host
-    bench.lab.tap("vnet7")
+    tap = bench.lab.tap("vnet7")
     host.ip("link set vnet7 address fe:15:5d:00:09:09")
     settled(host)
     config = copy.deepcopy(bench.good)
@@ -566,7 +570,9 @@ def test_recycled_vnet_name_waits_for_its_own_vm(bench: Bench) -> None:
     assert "<target dev='spare1'/>" in waiting["reason"]
     assert_unchanged(before, lambda: snapshot(host))
     host.ip(f"link set vnet7 address fe:{SPARE_MAC[3:]}")
-    bench.daemon.wait_port("spare1", state="active", path="queue")
+    bench.daemon.wait_port("spare1", state="active")
+    tap.announce(SPARE_MAC)
+    bench.daemon.wait_port("spare1", path="queue")
     bench.daemon.cli("apply", str(bench.daemon.write(bench.good)))
 
 

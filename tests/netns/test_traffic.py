@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from offload.client import Client
 from tests.instance import Instance, config_of, vms_of
 from tests.lab import (
     QUIET,
@@ -46,19 +47,22 @@ MACS = {
 NOBODY = "02:15:5d:00:00:99"
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 GROUP = "33:33:00:00:00:16"
-FORBIDDEN = {
+FOREIGN = {
     "vid 10": tag(10),
-    "vid 4094, pcp 7": tag(4094, pcp=7, dei=1),
+    "vid 4093, pcp 7": tag(4093, pcp=7, dei=1),
+    "0 in 10": tag(10) + tag(0),
+}
+"""Tags of VLANs that no port is in."""
+REFUSED = {
     "802.1ad": tag(10, tpid=TPID_8021AD),
     "802.1ad vid 0": tag(0, tpid=TPID_8021AD),
     "0 in 0": tag(0) + tag(0),
     "10 in 0": tag(0) + tag(10),
-    "0 in 10": tag(10) + tag(0),
     "10 in 802.1ad": tag(10, tpid=TPID_8021AD) + tag(10),
     "802.1ad in 0": tag(0) + tag(10, tpid=TPID_8021AD),
     "three": tag(0) + tag(0) + tag(0),
 }
-"""Tags that an untagged port must never see."""
+"""Tags that no bridge may see."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,31 @@ class Site:
                 time.sleep(0.02)
 
     def ports(self) -> dict[str, dict[str, Any]]:
-        return {port["name"]: port for port in self.instance.json("ports")}
+        with Client(self.instance.paths.socket) as client:
+            return {port.name: port.model_dump(mode="json") for port in client.ports()}
 
     def dropped(self, name: str) -> Counter[str]:
         return Counter(self.ports()[name]["counters"]["drops"])
+
+    def vlan_drops(self) -> Counter[str]:
+        """Frames that were dropped for their tags, by port; "wire" is where they came from the wire."""
+        ports = self.ports().items()
+        found = Counter({name: port["counters"]["drops"].get("vlan", 0) for name, port in ports})
+        with Client(self.instance.paths.socket) as client:
+            default = next(queue for queue in client.queues() if queue.id == 0)
+        found["wire"] = default.drops_by_reason["vlan"]
+        return found
+
+    def tx(self, name: str) -> Counter[str]:
+        """Packets that a port sent, by path."""
+        paths = self.ports()[name]["counters"]["tx"]
+        return Counter({path: tally["packets"] for path, tally in paths.items()})
+
+    @property
+    def bridge_vid(self) -> int:
+        """The VID in which the bridge keeps untagged frames; 0 where this kernel's filters no VLANs."""
+        with Client(self.instance.paths.socket) as client:
+            return client.switches()[0].untagged_vid or 0
 
     def default_queue(self) -> Counter[str]:
         return Counter(self.instance.json("nics")[0]["default_queue"])
@@ -157,7 +182,9 @@ def site(privilege: None) -> Iterator[Site]:
             config["ports"][name]["cpu"] = cpu
         config["ports"]["web4"]["queue"] = "off"
         lab.wire.ip(f"address add 192.0.2.1/24 dev {lab.wire_end}")
-        with Instance(lab.host, config).start() as instance:
+        with Instance(lab.host, config).start(speaking=vms.values()) as instance:
+            tap.announce(MACS["tap1"])
+            instance.wait_heard(MACS["tap1"])
             yield Site(lab, instance, vms, tap)
 
 
@@ -186,11 +213,12 @@ def test_a_group_frame_reaches_every_port_once_and_unchanged(site: Site, dst: st
 def test_unknown_unicast_reaches_the_bridge_and_no_port(site: Site) -> None:
     frames = frames_to(NOBODY)
     host = site.lab.host
+    within = tag(site.bridge_vid) if site.bridge_vid else b""
     host.ip("link set ext0 promisc on")  # otherwise the bridge device hears only what is for the host
     try:
         with host.capture("ext0") as bridge:
             site.assert_delivered({}, *frames)
-            assert bridge.wait_for(len(frames)) == frames
+            assert bridge.wait_for(len(frames)) == frames_to(NOBODY, within)
     finally:
         host.ip("link set ext0 promisc off")
 
@@ -219,15 +247,29 @@ def test_a_group_frame_with_vid_0_is_delivered_untagged(site: Site) -> None:
         site.assert_delivered(dict.fromkeys(MACS, frames_to(dst)), *frames_to(dst, tag(0, pcp=6)))
 
 
-@pytest.mark.parametrize("tags", FORBIDDEN.values(), ids=FORBIDDEN.keys())
-def test_a_forbidden_tag_reaches_no_untagged_port(site: Site, tags: bytes) -> None:
-    targets = [*MACS.values(), BROADCAST, GROUP, NOBODY]
-    sent = [test_frame(dst, WIRE_MAC, number, tags) for number, dst in enumerate(targets)]
-    before = {name: port["counters"]["drops"] for name, port in site.ports().items()}
-    site.assert_delivered({}, *sent)
-    for name, port in site.ports().items():
-        # its own frame, the broadcast and the multicast frame
-        assert port["counters"]["drops"]["vlan"] == before[name].get("vlan", 0) + 3, name
+def to_everybody(tags: bytes) -> list[bytes]:
+    """A frame for each port, one for nobody and two for all."""
+    targets = [*MACS.values(), NOBODY, BROADCAST, GROUP]
+    return [test_frame(dst, WIRE_MAC, number, tags) for number, dst in enumerate(targets)]
+
+
+@pytest.mark.parametrize("tags", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_foreign_vlan_reaches_no_untagged_port(site: Site, tags: bytes) -> None:
+    """A bridge that filters VLANs drops them all and does not count that; the guards of ports do."""
+    before = site.vlan_drops()
+    site.assert_delivered({}, *to_everybody(tags))
+    if not site.bridge_vid:  # its own frame, the broadcast and the multicast frame
+        assert site.vlan_drops() - before == dict.fromkeys(MACS, 3)
+    else:  # whoever has a filter on the NIC drops a second tag there
+        assert site.vlan_drops() - before == dict.fromkeys(QUEUED if len(tags) > 4 else (), 1)
+
+
+@pytest.mark.parametrize("tags", REFUSED.values(), ids=REFUSED.keys())
+def test_a_refused_tag_reaches_no_port_and_no_bridge(site: Site, tags: bytes) -> None:
+    """What filters find is dropped in XDP, all else before the bridge."""
+    before = site.vlan_drops()
+    site.assert_delivered({}, *to_everybody(tags))
+    assert site.vlan_drops() - before == dict.fromkeys(QUEUED, 1) | {"wire": len(MACS) - len(QUEUED) + 3}
 
 
 @pytest.mark.parametrize(
@@ -249,9 +291,11 @@ def test_a_tag_is_dropped_and_counted_in_one_place(
     moved = {
         (kind, cpu): after[cpu][kind] - before[cpu][kind]
         for cpu in range(len(after))
-        for kind in ("vlan_nic", "vlan_queue", "vlan_bridge")
+        for kind in ("vlan_nic", "vlan_queue", "vlan_bridge", "vlan_sent")
     }
-    assert {place: number for place, number in moved.items() if number} == {(field, at): 7}
+    filtered = field == "vlan_bridge" and site.bridge_vid  # by the bridge, which counts nothing
+    expected = {} if filtered else {(field, at): 7}
+    assert {place: number for place, number in moved.items() if number} == expected
 
 
 # Which CPU does the work
@@ -307,15 +351,15 @@ def test_every_frame_is_counted_once_by_path(site: Site) -> None:
             path: {unit: tally[unit] - ports[name]["counters"]["rx"][path][unit] for unit in tally}
             for path, tally in after[name]["counters"]["rx"].items()
         }
+        none = {"packets": 0, "bytes": 0}
         groups = {"packets": 5, "bytes": 5 * 200}
         own = {"packets": count, "bytes": count * 100}
         if name == "web4":
-            assert moved == {
-                "queue": {"packets": 0, "bytes": 0},
-                "bridge": {"packets": count + 5, "bytes": count * 100 + 1000},
-            }
+            both = {"packets": count + 5, "bytes": count * 100 + 1000}
+            assert moved == {"queue": none, "local": none, "bridge": both}
         else:
-            assert moved == {"queue": own, "bridge": groups}, name
+            assert moved == {"queue": own, "local": none, "bridge": groups}, name
+        assert after[name]["counters"]["tx"] == ports[name]["counters"]["tx"], name
         assert after[name]["counters"]["drops"] == ports[name]["counters"]["drops"], name
         for path, tally in after[name]["counters"]["rx"].items():
             labels = f'{{direction="rx",path="{path}",port="{name}",switch="ext0"}}'
@@ -381,13 +425,30 @@ def test_a_full_tap_shows(site: Site) -> None:
 @pytest.mark.parametrize("name", ["web1", "web2", "web3", "web4"])
 def test_ping_and_tcp_and_udp_both_ways(site: Site, name: str) -> None:
     wire, vm, address = site.lab.wire, site.vms[name].ns, f"192.0.2.1{name[-1]}"
+    before = site.tx(name)
     assert_talk(wire, vm, address)
     assert_talk(vm, wire, "192.0.2.1")
+    assert_sent_by(site, name, before, "bridge" if name == "web4" else "direct")
 
 
 @pytest.mark.parametrize("name", ["web1", "web4"])
-def test_vm_to_vm_through_the_bridge(site: Site, name: str) -> None:
-    assert_talk(site.vms[name].ns, site.vms["web2"].ns, "192.0.2.12")
+def test_vm_to_vm(site: Site, name: str) -> None:
+    """Past the bridge, unless one of the two has ``queue: off``; never on the wire."""
+    path = "bridge" if name == "web4" else "local"
+    before, answers = site.tx(name), site.tx("web2")
+    with site.lab.wire.capture(site.lab.wire_end) as wire:
+        assert_talk(site.vms[name].ns, site.vms["web2"].ns, "192.0.2.12")
+        assert not wire.matching(lambda frame: not frame[0] & 1)
+    assert_sent_by(site, name, before, path)
+    assert_sent_by(site, "web2", answers, path)
+
+
+def assert_sent_by(site: Site, name: str, before: Counter[str], path: str) -> None:
+    """Since ``before`` a port has sent all by one path, an ARP request now and then aside."""
+    sent = site.tx(name) - before
+    assert sent.pop(path) >= 50
+    assert set(sent) <= {"bridge"}
+    assert sent["bridge"] <= 10
 
 
 def assert_talk(client: Namespace, server: Namespace, address: str) -> None:
