@@ -92,6 +92,7 @@ class Row:
     cpu: str
     by_queue: int
     by_bridge: int
+    sent_direct: int
     dropped: int
     traffic: Traffic
 
@@ -185,7 +186,7 @@ def demonstrate(undo: ExitStack) -> list[Row]:
 REMARKS = """
 CPU: the one that serves the VM's queue; on the bridge it is the one where the NIC received the frame.
 BY QUEUE, BY BRIDGE: frames to the VM, as counted in the kernel. An ARP request is a broadcast, and those
-always take the bridge. IN is towards the VM.
+always take the bridge; so does what comes for a VM that has not sent anything yet. IN is towards the VM.
 Rates on veth say little of a real NIC, and here sender and receiver share the CPUs: the demo shows which way
 frames go and that they arrive. README.md, "Speed", says how to measure.
 """
@@ -286,7 +287,8 @@ def measure() -> list[Row]:
         print(
             f"    {vm.name:5} {row.path:7} "
             f"TCP {traffic.tcp_in / 1e9:5.2f} Gbit/s to it, {traffic.tcp_out / 1e9:5.2f} from it; "
-            f"frames by queue {row.by_queue:,}, by bridge {row.by_bridge:,}"
+            f"frames by queue {row.by_queue:,}, by bridge {row.by_bridge:,}, "
+            f"straight from it to {NIC} {row.sent_direct:,}"
         )
     print()
     return rows
@@ -342,8 +344,10 @@ def port(name: str) -> dict[str, Any]:
 
 
 def _row(before: dict[str, Any], after: dict[str, Any], traffic: Traffic) -> Row:
-    def gained(path: str) -> int:
-        was, now = (view["counters"]["rx"].get(path, {"packets": 0})["packets"] for view in (before, after))
+    def gained(direction: str, path: str) -> int:
+        was, now = (
+            view["counters"][direction].get(path, {"packets": 0})["packets"] for view in (before, after)
+        )
         return int(now - was)
 
     queue = after["queue"]
@@ -351,8 +355,9 @@ def _row(before: dict[str, Any], after: dict[str, Any], traffic: Traffic) -> Row
         vm=after["name"],
         path=after["path"],
         cpu=str(queue["cpu"]) if queue else "-",
-        by_queue=gained("queue"),
-        by_bridge=gained("bridge"),
+        by_queue=gained("rx", "queue"),
+        by_bridge=gained("rx", "bridge"),
+        sent_direct=gained("tx", "direct"),
         dropped=sum(after["counters"]["drops"].values()) - sum(before["counters"]["drops"].values()),
         traffic=traffic,
     )
@@ -365,9 +370,11 @@ def _faults(rows: Sequence[Row]) -> Iterator[str]:
         busy = row.by_bridge if number % 2 else row.by_queue
         if row.path != path:
             yield f"{row.vm} is on path {row.path}, and should be on {path}"
-        # A broadcast now and then takes the bridge.
+        # A broadcast now and then takes the bridge, and what comes before the VM has been heard.
         if busy < 1000 or idle > busy // 100:
             yield f"{row.vm}, on path {path}: {row.by_queue} frames by queue, {row.by_bridge} by bridge"
+        if (row.sent_direct >= 1000) != (path == "queue"):
+            yield f"{row.vm}, on path {path}: {row.sent_direct} frames from it went straight to {NIC}"
         if row.traffic.ping_loss:
             yield f"{row.vm}, on path {path}: {row.traffic.ping_loss:g} % of the pings were lost"
 
