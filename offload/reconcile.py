@@ -15,7 +15,7 @@ from .config import Config
 from .describe import describe
 from .errors import OffloadError, VerifyError
 from .journal import Journal
-from .model import Bridge, Change, Conduit, DeviceResource, HostPair, Resource, State, Value
+from .model import Bridge, Change, Conduit, DeviceResource, HostPair, Resource, State, Station, Value
 from .plan import SETTINGS, Desired, Facts, desire, difference, without_fast_path
 
 log = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ class Reconciler:
             else:
                 made += changes
                 rounds += 1
-        _, _, rest = self._compare(config, detached, left_out, may_take=strict)
-        if not rest:
+        now, _, rest = self._compare(config, detached, left_out, may_take=strict)
+        if not rest or _heard_since(desired.state, now):
             return Result(facts, desired, tuple(made), left_out)
         self._undo(made if strict else [])
         differing = [f"{change.resource}: is {change.before}, shall be {change.after}" for change in rest]
@@ -199,6 +199,17 @@ def _port_of(change: Change, config: Config) -> str | None:
         return None
     device = change.resource.device
     return next((name for name, port in config.ports.items() if port.device == device), None)
+
+
+def _heard_since(decided: State, now: Facts) -> bool:
+    """Whether a program has moved an address since: news, which is looked at next, and no failure."""
+    return any(
+        isinstance(resource, Station)
+        and isinstance(value, tuple)
+        and (row := now.stations.get((resource.network, resource.mac, resource.vid)))
+        and row.state != value[-1]
+        for resource, value in decided.items()
+    )
 
 
 def _raise_first(refusals: tuple[OffloadError, ...]) -> None:

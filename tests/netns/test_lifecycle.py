@@ -330,6 +330,7 @@ def test_hundred_ports(crowd: tuple[Lab, Namespace, dict[str, str]]) -> None:
         for name, mac in macs.items():
             vms.send(f"p{name}", [test_frame(mac, mac)])
         instance.wait_heard(*macs.values())
+        assert "ERROR" not in instance.log.read_text()
         ports = instance.json("ports")
         assert [(port["state"], port["path"]) for port in ports] == [("active", "queue")] * MANY
         assert len(instance.json("queues")) == MANY + 1

@@ -22,6 +22,8 @@ from offload.model import (
     Promiscuous,
     Resource,
     State,
+    Station,
+    StationRow,
     Value,
 )
 from offload.plan import Facts
@@ -195,6 +197,43 @@ def test_a_kernel_that_does_not_keep_what_was_set_is_told(kernel: DictKernel, jo
     kernel.deaf = AdminUp("eth1", 2)
     with pytest.raises(VerifyError, match=r"AdminUp.*is False, shall be True"):
         Reconciler(kernel, journal).apply(config(), strict=True)
+
+
+def test_who_is_heard_all_the_while_does_not_end_it(journal: Journal) -> None:
+    """Each look finds another address at its port. What is left to do comes with the next news."""
+    names = [f"web{number}" for number in range(1, 10)]
+    links = {"eth1": ETH1, **{name: link(name, 2 + place, kind="tun") for place, name in enumerate(names, 1)}}
+
+    class Talkative(DictKernel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stations: dict[tuple[int, str, int], StationRow] = {}
+
+        def facts(self, *arguments: Any, **options: Any) -> Facts:
+            for resource, value in self.state.items():
+                if isinstance(resource, Station) and isinstance(value, tuple):
+                    key = (resource.network, resource.mac, resource.vid)
+                    self.stations[key] = StationRow(*value)  # type: ignore[arg-type]
+            silent = [key for key, row in self.stations.items() if row.state == "expected"]
+            if silent:
+                row = replace(self.stations[silent[0]], state="here")
+                self.stations[silent[0]] = row
+                self.state[Station(*silent[0])] = (row.port, row.ifindex, row.state)
+            found = super().facts(*arguments, **options)
+            return replace(found, links=links, stations=dict(self.stations))
+
+    ports = "".join(
+        f"  {name}: {{switch: ext0, device: {name}, mac: '02:15:5d:00:00:{place:02x}'}}\n"
+        for place, name in enumerate(names, 1)
+    )
+    talkative = Talkative()
+    many = parse(CONFIG.partition("ports:")[0] + "ports:\n" + ports)
+    reconciler = Reconciler(talkative, journal)
+    reconciler.apply(many, strict=True)
+    assert "expected" in {row.state for row in talkative.stations.values()}
+    for _ in names:
+        result = reconciler.apply(many, strict=False)
+    assert {port.path for port in result.desired.ports.values()} == {"queue"}
 
 
 def test_detaching_and_putting_back(kernel: DictKernel, journal: Journal) -> None:
