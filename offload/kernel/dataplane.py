@@ -170,7 +170,6 @@ class Dataplane:
                     f"{other} is of another version of offload: run `offload detach --all` with that one, "
                     f"or `rm -r {other}` if it is there no more, then start again"
                 )
-        self.tc.open()
         for name in _SHARED:
             self._maps[name] = self._adopt(self.pins / "maps" / name, name, self.vmq.maps[name])
         for name in _SWITCH:
@@ -184,6 +183,7 @@ class Dataplane:
                 self._nics[int(directory.name)] = self._open_nic(directory)
             elif self._keep:
                 shutil.rmtree(directory)  # of an attach that was interrupted
+        self.tc.open()
 
     def forget_gone(self, live: Collection[int]) -> None:
         """Let go of what belonged to devices that are not among the ifindexes ``live``."""

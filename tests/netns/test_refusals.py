@@ -456,7 +456,7 @@ TROUBLES = {
     ),
     "vlan-without-filtering": Trouble(
         3,
-        ("switches.ext1", "no VLAN filtering", "VLAN 10 would leak", "use `bridge: python`"),
+        ("ports.spare1.vlan: 10", "no VLAN filtering", "VLAN 10 would leak", "use `bridge: python`"),
         change=setting("ports", "spare1", "vlan", to=10),
     ),
 }
