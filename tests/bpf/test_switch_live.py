@@ -40,6 +40,8 @@ from tests.lab import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 
 MACS = {f"web{number}": f"02:15:5d:00:00:{number:02x}" for number in range(1, 6)}

@@ -29,6 +29,8 @@ from tests.netns.conduit import (
     service_tag,
 )
 
+pytestmark = pytest.mark.slow
+
 A, B, C, NOBODY = (f"02:00:00:00:00:0{digit}" for digit in "abcf")
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 LLDP = "01:80:c2:00:00:0e"

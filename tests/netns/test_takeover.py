@@ -24,6 +24,8 @@ from tests.instance import Instance, config_of
 from tests.lab import Lab, Namespace, wait_until
 from tests.snapshot import Snapshot, assert_unchanged, settled, snapshot
 
+pytestmark = pytest.mark.slow
+
 HOST4, HOST6 = "192.0.2.1", "2001:db8::1"
 WIRE4, WIRE6 = "192.0.2.254", "2001:db8::fe"
 BEYOND4, BEYOND6 = "198.51.100.7", "2001:db8:1::7"
@@ -283,7 +285,6 @@ def test_the_watchdog_gives_back_what_a_dead_daemon_cannot(lab: Lab, instance: I
         session.go_on()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_the_watchdog_ends_a_daemon_that_hangs(lab: Lab, instance: Instance) -> None:
     before = state(lab)

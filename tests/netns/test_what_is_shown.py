@@ -14,6 +14,8 @@ import pytest
 from tests.instance import Instance, config_of
 from tests.lab import TPID_8021AD, WIRE_MAC, Lab, Vm, tag, test_frame, wait_until
 
+pytestmark = pytest.mark.slow
+
 WEB1, DB1, SPOOFED = "02:15:5d:00:00:01", "02:15:5d:00:00:02", "02:15:5d:00:00:99"
 HOST = "02:15:5d:00:00:aa"
 BROADCAST = "ff:ff:ff:ff:ff:ff"
