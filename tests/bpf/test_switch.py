@@ -104,6 +104,8 @@ class Switches:
 
     def _set_up(self) -> None:
         plane = self._plane
+        plane.tc.close()
+        plane.tc.open()  # in this namespace: it was opened before there was one
         nic = IDS["nic"]
         plane.set_network(EXTERNAL, NetworkRow("ext0", nic, 0, UNTAGGED_VID, False))
         plane.set_network(PRIVATE, NetworkRow("prv0", None, 0, 0, False))
