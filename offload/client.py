@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 import httpx
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from offload.closing import Closing
 from offload.errors import (
     ConfigError,
     ForeignError,
@@ -61,7 +61,7 @@ class NoDaemonError(OffloadError):
     """Nobody answers on the daemon's socket."""
 
 
-class Client:
+class Client(Closing):
     """A connection to the daemon at ``socket``; a context manager.
 
     ``patience`` is in seconds. Raises NoDaemonError when nobody answers there and
@@ -76,14 +76,6 @@ class Client:
             timeout=patience,
             trust_env=False,
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connection. Idempotent."""

@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
+from offload.closing import Closing
 from offload.kernel.netns import call_in
 
 PREFIX = "ofl"
@@ -77,7 +78,7 @@ T = TypeVar("T")
 _serial = itertools.count()
 
 
-class Lab:
+class Lab(Closing):
     """Namespaces ``host`` and ``wire`` with the NIC pair between them; VMs and taps on request.
 
     ``queues`` is the number of RX and TX queues at both ends of the NIC. With ``ipv6`` off
@@ -185,14 +186,6 @@ class Lab:
         if os.getpid() == self._owner:
             self._undo.close()
             atexit.unregister(self.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class TwoHosts(Lab):
@@ -355,7 +348,7 @@ class _Collector(abc.ABC):
         assert not found, f"{self}: unexpected frames: {[frame.hex() for frame in found[:3]]}"
 
 
-class Capture(_Collector):
+class Capture(_Collector, Closing):
     """Every frame that arrives on a device, before the protocol stack takes it.
 
     Outgoing frames are left out. A VLAN tag that the kernel moved to skb metadata is put back
@@ -385,16 +378,8 @@ class Capture(_Collector):
     def __str__(self) -> str:
         return self._name
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Listener:
+class Listener(Closing):
     """What comes to a namespace, on one device or on any, with the device's name.
 
     ``protocol`` is the EtherType of the frames to hear. Such a listener is a part of the protocol stack:
@@ -420,14 +405,6 @@ class Listener:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Tap(_Collector):

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
+from ..closing import Closing
 from ..errors import ForeignError, KernelError, OffloadError, PrivilegeError, UnsupportedError
 from .compile import INSN_BYTES, MapSpec, ProgramSpec
 
@@ -231,7 +231,7 @@ def _error(number: int, doing: str) -> OffloadError:
     return error
 
 
-class _Handle:
+class _Handle(Closing):
     """A file descriptor of a BPF object, closed once."""
 
     def __init__(self, fd: int) -> None:
@@ -241,14 +241,6 @@ class _Handle:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def pin(self, path: Path) -> None:
         """Keep the object alive, under this name, until the file is removed."""

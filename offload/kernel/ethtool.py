@@ -16,8 +16,8 @@ import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
 
+from offload.closing import Closing
 from offload.errors import KernelError, OffloadError, UnsupportedError
 from offload.kernel.failures import explained
 from offload.kernel.links import NO_NETNSID, Links
@@ -72,7 +72,7 @@ class Channels:
         return self.tx + self.combined
 
 
-class Ethtool:
+class Ethtool(Closing):
     """Settings of the devices in the current network namespace, or in the one behind ``netns``.
 
     A context manager; ``close()`` is idempotent. Methods raise PrivilegeError, UnsupportedError or
@@ -145,12 +145,6 @@ class Ethtool:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)

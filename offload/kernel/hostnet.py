@@ -15,7 +15,6 @@ import struct
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Self
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_REPLACE
 from pyroute2.netlink.rtnl import (
@@ -31,6 +30,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+from offload.closing import Closing
 from offload.errors import KernelError
 from offload.kernel import resolved
 from offload.kernel.failures import explain, explained
@@ -80,7 +80,7 @@ _IFLA_PERM_ADDRESS = 54
 _GONE = (errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENOENT)
 
 
-class HostNet:
+class HostNet(Closing):
     """The host's addresses and routes in the current network namespace.
 
     A context manager; ``close()`` is idempotent. What it sets stays in the kernel. Methods
@@ -344,12 +344,6 @@ class HostNet:
 
     def close(self) -> None:
         self._route.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _stays(address: str) -> bool:

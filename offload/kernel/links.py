@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, nlmsg
 from pyroute2.netlink.rtnl import (
@@ -40,6 +40,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg, protinfo_bridge
 from pyroute2.netlink.rtnl.ndmsg import NTF_MASTER, NUD_NOARP, NUD_REACHABLE, NUD_STALE, ndmsg
 from pyroute2.netlink.rtnl.nsidmsg import nsidmsg
 
+from offload.closing import Closing
 from offload.errors import KernelError
 from offload.kernel.failures import explain, explained
 from offload.kernel.netns import call_in
@@ -97,7 +98,7 @@ _BOND_MODE, _BOND_XMIT_HASH_POLICY = 1, 14  # IFLA_BOND_… of include/uapi/linu
 _SO_RCVBUFFORCE = 33  # include/uapi/asm-generic/socket.h
 
 
-class Links:
+class Links(Closing):
     """The devices of the current network namespace, or of the one behind the path ``netns``.
 
     A context manager; ``close()`` is idempotent. What it makes or sets stays in the kernel.
@@ -370,12 +371,6 @@ class Links:
     def close(self) -> None:
         self._route.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _set(self, ifindex: int, doing: str, attribute: tuple[str, object]) -> None:
         request = _message(ifinfmsg, attribute, index=ifindex)
         self._change(ifindex, doing, RTM_SETLINK, 0, request)
@@ -426,7 +421,7 @@ class LinkEvent:
     kind: EventKind
 
 
-class LinkEvents:
+class LinkEvents(Closing):
     """Notifications about devices, for ``loop.add_reader(events.fileno(), …)`` and ``drain()``."""
 
     def __init__(self, netns: str | None = None) -> None:
@@ -456,12 +451,6 @@ class LinkEvents:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _event(kind: int, body: bytes) -> LinkEvent:

@@ -25,9 +25,9 @@ import select
 import socket
 import struct
 import sys
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
+from offload.closing import Closing
 from offload.kernel.failures import explain, explained
 
 VNET_BYTES = 10
@@ -91,7 +91,7 @@ def ifindex_of(device: str) -> int:
         return 0
 
 
-class Ring:
+class Ring(Closing):
     """A packet socket with its receive ring of ``mebibytes``, for one device at a time.
 
     The kernel fills the ring whoever has it mapped, so a process that inherits the socket goes on where
@@ -152,14 +152,6 @@ class Ring:
 
     def close(self) -> None:
         self.socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Memory:
@@ -274,7 +266,7 @@ def tagged_header(memory: memoryview, slot: int) -> None:
     _VNET.pack_into(memory, slot + VNET, flags, gso_type, hdr_len, gso_size, csum_start, csum_offset)
 
 
-class Sender:
+class Sender(Closing):
     """Sends whole frames, each behind its virtio_net_hdr, out of one device, through its queueing discipline.
 
     Raises PrivilegeError without CAP_NET_RAW.
@@ -304,11 +296,3 @@ class Sender:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

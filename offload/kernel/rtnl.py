@@ -17,7 +17,6 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Self
 
 from pyroute2.netlink import (
     NETLINK_EXT_ACK,
@@ -31,6 +30,7 @@ from pyroute2.netlink import (
     nlmsg,
 )
 
+from offload.closing import Closing
 from offload.kernel.netns import call_in
 
 Attributes = dict[int, bytes]
@@ -48,7 +48,7 @@ _TIMEOUT = 10.0  # seconds; the kernel answers before send() returns
 _DUMP_ATTEMPTS = 20
 
 
-class RouteSocket:
+class RouteSocket(Closing):
     """Requests over a socket of ``open_socket()``, which it closes.
 
     Safe to share between threads. ``close()`` is idempotent; nothing outlives it. Every method
@@ -115,12 +115,6 @@ class RouteSocket:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_socket(netns: str | None = None, groups: int = 0) -> socket.socket:

@@ -6,9 +6,8 @@ import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from offload.closing import Closing
 from offload.kernel.bpf import XDP_FLAGS_DRV_MODE, AttachType, Link, Map, Program, possible_cpus
 from offload.kernel.compile import Artifact, compiled_file
 from offload.kernel.dataplane import Dataplane
@@ -32,7 +31,7 @@ def destination(number: int) -> str:
     return FIRST[:9] + number.to_bytes(3).hex(":")
 
 
-class Objects:
+class Objects(Closing):
     """Maps and programs of one C file, loaded as often as this is made. All of it goes with ``close``."""
 
     def __init__(self, artifact: Artifact, **entries: int) -> None:
@@ -64,14 +63,6 @@ class Objects:
 
     def close(self) -> None:
         self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Generator(Objects):

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from offload.classifier import Classifier, filter_key
+from offload.closing import Closing
 from offload.kernel.abi import Layout
 from offload.kernel.bpf import AttachType, Map, Program, possible_cpus
 from offload.kernel.compile import Artifact, compiled
@@ -50,7 +50,7 @@ class Run:
     moved: Counts
 
 
-class _Objects:
+class _Objects(Closing):
     """Handles that are let go together."""
 
     def __init__(self) -> None:
@@ -58,14 +58,6 @@ class _Objects:
 
     def close(self) -> None:
         self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _maps(self, artifact: Artifact, **entries: int) -> dict[str, Map]:
         return {

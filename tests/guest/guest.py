@@ -18,9 +18,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from offload.closing import Closing
 from tests.lab import Namespace
 
 BOOT_TIME = 120.0
@@ -38,7 +38,7 @@ class Image:
     initramfs: Path
 
 
-class Guest:
+class Guest(Closing):
     """A context manager; on leaving, the guest's power is cut and its tap goes.
 
     ``device`` is the tap, which QEMU makes in ``ns``. With ``incoming`` the guest does not boot: it
@@ -131,11 +131,3 @@ class Guest:
         for end in (self._commands, self._replies, self._monitor):
             end.close()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from offload.bridge import state
 from offload.bridge.membership import Configured, Member, Membership, write
 from offload.bridge.state import BridgeState
+from offload.closing import Closing
 from offload.kernel.bpf import AttachType, Map, Program
 from offload.kernel.compile import compiled_file
 from tests.instance import BPFFS, shared_cache
@@ -58,7 +58,7 @@ def conduit_frame(
     return test_frame(dst, src, seq, tags=service_tag(number) + inner, **more)
 
 
-class Bridge:
+class Bridge(Closing):
     """The conduit ``ext0`` in the lab's host namespace, and a bridge's process at its inner end.
 
     ``installed`` are modules by the name of their entry point, with a class ``Lab``; for this process alone.
@@ -202,14 +202,6 @@ class Bridge:
         if self.process is not None:
             self.stop()
         self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def configured(name: str, **options: Any) -> Configured:

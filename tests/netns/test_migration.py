@@ -23,12 +23,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import pytest
 
 from offload.client import Client
+from offload.closing import Closing
 from tests.instance import Instance, config_of
 from tests.lab import (
     TEST_ETHERTYPE,
@@ -67,7 +66,7 @@ def announcement(mac: str) -> bytes:
     return (BROADCAST + own + head + own + bytes(4) + own + bytes(4)).ljust(60, b"\0")
 
 
-class Guest:
+class Guest(Closing):
     """A guest whose stack is in ``ns`` and which runs behind one tap at a time, or behind none.
 
     A thread carries its frames. What comes out of a tap of another host is collected in ``stray``.
@@ -148,14 +147,6 @@ class Guest:
             self._host = None
         self._ending.set()
         self._pool.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from offload.closing import Closing
 from tests.instance import Instance
 from tests.lab import (
     DEADLINE,
@@ -48,7 +48,7 @@ Heard = Counter[tuple[str, bytes]]
 """How often an end, or any other device of the host, got which bytes."""
 
 
-class Site:
+class Site(Closing):
     """The laboratory, the daemon and the listeners. A context manager."""
 
     def __init__(self, topology: Topology, bridge: Bridge) -> None:
@@ -190,14 +190,6 @@ class Site:
 
     def close(self) -> None:
         self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def config_of(topology: Topology, bridge: Bridge) -> dict[str, Any]:
