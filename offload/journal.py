@@ -20,6 +20,7 @@ from pathlib import Path
 
 from offload import model
 from offload.errors import OffloadError
+from offload.files import replace_durably, sync_directory, write_durably
 from offload.model import Resource, Value
 
 _TYPES: Mapping[str, type[Resource]] = {
@@ -79,30 +80,24 @@ class Journal:
             # A crash in the middle of an append left half a line behind the last whole one.
             file.truncate(self._end)
             file.seek(self._end)
-            _write_durably(file.fileno(), lines)
+            write_durably(file.fileno(), lines)
         if created:
-            _sync_directory(self._path.parent)
+            sync_directory(self._path.parent)
         self._end += len(lines)
         self._originals |= new
 
     def forget(self, resources: Iterable[Resource]) -> None:
         """Drop the entries of settings that have been given back.
 
-        The file is rewritten beside itself and renamed, so that a crash leaves the
-        old journal or the new one. Entries of earlier boots go at the same time;
-        those of other namespaces stay, because ``detach`` may yet run there.
+        A crash leaves the old journal or the new one. Entries of earlier boots go at the
+        same time; those of other namespaces stay, because ``detach`` may yet run there.
         """
         gone = set(resources)
         kept = {resource: value for resource, value in self._originals.items() if resource not in gone}
         if len(kept) == len(self._originals):
             return
         content = b"".join([*self._elsewhere, *(self._encode(*entry) for entry in kept.items())])
-        draft = self._path.with_name(self._path.name + ".new")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb", buffering=0) as file:
-            _write_durably(file.fileno(), content)
-        os.replace(draft, self._path)
-        _sync_directory(self._path.parent)
+        replace_durably(self._path, content, 0o600)
         self._originals = kept
         self._end = len(content)
 
@@ -170,19 +165,4 @@ def _make_directory(directory: Path) -> None:
         return
     directory.mkdir(parents=True)
     directory.chmod(0o750)
-    _sync_directory(directory.parent)
-
-
-def _write_durably(descriptor: int, content: bytes) -> None:
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-    os.fsync(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(directory.parent)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from offload.config import Config, mac_octets, parse_mac
 from offload.errors import ConfigError, OffloadError, PrivilegeError, Problem
+from offload.files import replace_durably
 
 
 class MacRangeExhaustedError(ConfigError):
@@ -137,17 +137,7 @@ class MacAllocator:
         return held
 
     def _write(self, held: Mapping[str, str]) -> None:
-        new = self._path.with_name(self._path.name + ".new")
-        with new.open("w") as file:
-            json.dump({"ports": held}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_durably(self._path, json.dumps({"ports": held}, indent=1).encode(), 0o666)
 
 
 def resolve_auto(

@@ -7,7 +7,6 @@ file. What was confirmed is ``STATE_DIR/takeovers.json``, which survives a reboo
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -19,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .config import dump, parse_port
 from .errors import OffloadError, PrivilegeError
+from .files import replace_durably
 from .portfiles import PortFile
 from .takeover import Confirmation, HostNetwork
 
@@ -179,19 +179,9 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, content: bytes) -> None:
     """Replace a file as a whole, so that a crash leaves the old one or the new one."""
-    draft = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_durably(path, content, 0o600)
     except PermissionError as error:
         raise PrivilegeError(f"{path} may not be written: run as root") from error
     except OSError as error:

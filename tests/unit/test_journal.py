@@ -156,6 +156,7 @@ def test_forget_drops_what_was_given_back_and_earlier_boots(path: Path) -> None:
     journal.record(GRO, False)
     assert Journal(path, ERA).originals() == {GRO: False, STRIP: False}
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_crash_before_the_rename_keeps_the_old_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,15 @@ def test_a_crash_while_writing_leaves_the_old_file(path: Path, monkeypatch: pyte
     assert allocator(path).held() == {"a": address(0)}
 
 
+def test_the_umask_says_who_may_read_the_file(path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        allocator(path).assign(["a"], ())
+    finally:
+        os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_missing_privilege_is_told_as_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path.parent))
