@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from offload.errors import ConfigError, OffloadError, Problem
+from offload.paths import Paths
 
 VERSION = 1
 MAX_ID = 0xFFFF
@@ -73,6 +74,10 @@ class Configured:
         """Equal for equal name and options."""
         return json.dumps([self.name, self.options], sort_keys=True)
 
+    def entry(self) -> dict[str, Any]:
+        """Name and options as they stand in a file."""
+        return {"name": self.name, **self.options}
+
 
 @dataclass(frozen=True)
 class Membership:
@@ -89,19 +94,26 @@ class Membership:
 
 def membership_file(run_dir: Path, switch: str) -> Path:
     """Where the membership of ``switch`` is. Raises ConfigError when that is no name of a switch."""
+    return Paths(run_dir).bridges / f"{valid_switch(switch)}.json"
+
+
+def valid_switch(switch: str) -> str:
+    """The same name, which leads out of no directory. Raises ConfigError when no switch can have it."""
     if not _SWITCH.fullmatch(switch):
         raise ConfigError(
             [Problem("SWITCH", switch, "must be 1 to 63 letters, digits, '_', '.' and '-', no sign first")],
             "command line",
         )
-    return run_dir / "bridges" / f"{switch}.json"
+    return switch
 
 
 def write(run_dir: Path, membership: Membership) -> None:
-    """Put the file in place, in one step for whoever reads it."""
+    """Put the file in place, in one step for whoever reads it. Raises ConfigError for what ``load`` would."""
     file = membership_file(run_dir, membership.switch)
+    text = render(membership)
+    parse(text, f"switch {membership.switch}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, render(membership))
+    replace_file(file, text)
 
 
 def replace_file(file: Path, text: str) -> None:
@@ -119,7 +131,7 @@ def render(membership: Membership) -> str:
             "switch": membership.switch,
             "inner": membership.inner,
             "members": [asdict(member) | {"vids": sorted(member.vids)} for member in membership.members],
-            "extensions": [{"name": item.name, **item.options} for item in membership.extensions],
+            "extensions": [item.entry() for item in membership.extensions],
             "flood_limit": asdict(membership.flood_limit),
             "ageing": membership.ageing,
             "stations": membership.stations,

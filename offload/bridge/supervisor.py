@@ -21,13 +21,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from offload.bridge.membership import Configured, Membership, file_version, load, membership_file
+from offload.bridge.membership import (
+    Configured,
+    Membership,
+    file_version,
+    load,
+    membership_file,
+    valid_switch,
+)
 from offload.bridge.note import Note
 from offload.bridge.state import Restarts
 from offload.bridge.worker import ENDED, RECONFIGURED, Worker
 from offload.errors import OffloadError, PrivilegeError
 from offload.kernel.packet import Ring
 from offload.kernel.service import notify
+from offload.paths import Paths
 
 WATCHDOG = 1.0
 """Seconds that an extension may keep one frame."""
@@ -170,7 +178,7 @@ def alone(run_dir: Path, switch: str) -> Iterator[None]:
 
     Raises OffloadError when another one has it, PrivilegeError when the run directory cannot be written.
     """
-    file = membership_file(run_dir, switch).with_suffix(".lock")
+    file = Paths(run_dir).bridge_lock(valid_switch(switch))
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -15,49 +15,54 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
+from offload.bridge.membership import Configured, Member, Membership, Role, load, membership_file, write
+from offload.bridge.state import state_file
 from offload.config import conduit_inner
 from offload.errors import KernelError
 from offload.paths import Paths
 
-_ENTRY = ("id", "name", "role", "vids", "flood", "macs", "link_local")
+_Entry = tuple[int, str, Role, tuple[int, ...], bool, tuple[str, ...], bool]
+"""One device of a ``model.Roster``."""
 _PATIENCE = 10.0
 """Seconds until a process that does not start or end is a failure."""
 
 
 def rosters(paths: Paths) -> dict[str, tuple[object, ...]]:
-    """What each bridge is told of its devices, by switch: the values of ``model.Roster``."""
+    """What each bridge is told of its devices, by switch: the values of ``model.Roster``.
+
+    Raises ConfigError for a file that is wrong, OffloadError for one that cannot be read.
+    """
     found: dict[str, tuple[object, ...]] = {}
     for file in sorted(paths.bridges.glob("*.json")):
         if file.name.endswith(".stats.json"):
             continue
-        document = json.loads(file.read_text())
-        entries = [tuple(_value(entry[key]) for key in _ENTRY) for entry in document["members"]]
-        found[str(document["switch"])] = (tuple(entries), json.dumps(document["extensions"]))
+        told = load(paths.run_dir, file.stem)
+        extensions = json.dumps([extension.entry() for extension in told.extensions])
+        found[told.switch] = (tuple(map(_entry, told.members)), extensions)
     return found
 
 
 def write_roster(paths: Paths, switch: str, value: tuple[object, ...] | None) -> None:
-    """Replace a switch's file in one step; ``None`` removes it and what the process left beside it."""
-    file = paths.bridges / f"{switch}.json"
+    """Replace a switch's file in one step; ``None`` removes it and what the process left beside it.
+
+    Raises ConfigError when no bridge could read it.
+    """
     if value is None:
-        for left in (file, paths.bridges / f"{switch}.stats.json"):
+        for left in (membership_file(paths.run_dir, switch), state_file(paths.run_dir, switch)):
             left.unlink(missing_ok=True)
         return
     paths.bridges.mkdir(mode=0o750, parents=True, exist_ok=True)
-    entries, extensions = value
-    document = {
-        "version": 1,
-        "switch": switch,
-        "inner": conduit_inner(switch),
-        "members": [{**dict(zip(_ENTRY, entry, strict=True)), "learn": True} for entry in _tuples(entries)],
-        "extensions": json.loads(str(extensions)),
-    }
-    draft = file.with_suffix(".new")
-    draft.write_text(json.dumps(document))
-    draft.replace(file)
+    entries, extensions = cast(tuple[tuple[_Entry, ...], str], value)
+    told = Membership(
+        switch,
+        conduit_inner(switch),
+        tuple(map(_member, entries)),
+        tuple(Configured(entry.pop("name"), entry) for entry in json.loads(extensions)),
+    )
+    write(paths.run_dir, told)
 
 
 def running(paths: Paths, switch: str) -> bool:
@@ -72,7 +77,7 @@ def start(paths: Paths, switch: str) -> None:
         # Under systemd, a child of ours would end with our unit.
         _systemctl("start", switch)
     else:
-        with (paths.bridges / f"{switch}.log").open("ab") as log:
+        with _log_file(paths, switch).open("ab") as log:
             subprocess.Popen(
                 [sys.executable, "-m", "offload.bridge", "--run-dir", str(paths.run_dir), switch],
                 stdin=subprocess.DEVNULL,
@@ -93,8 +98,12 @@ def stop(paths: Paths, switch: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(holder, signal.SIGTERM)
     _wait(paths, switch, there=False)
-    for left in ("lock", "log"):
-        (paths.bridges / f"{switch}.{left}").unlink(missing_ok=True)
+    for left in (paths.bridge_lock(switch), _log_file(paths, switch)):
+        left.unlink(missing_ok=True)
+
+
+def _log_file(paths: Paths, switch: str) -> Path:
+    return paths.bridges / f"{switch}.log"
 
 
 def _holder(lock: Path) -> int | None:
@@ -121,17 +130,17 @@ def _wait(paths: Paths, switch: str, *, there: bool) -> None:
     end = time.monotonic() + _PATIENCE
     while running(paths, switch) != there:
         if time.monotonic() > end:
-            log = paths.bridges / f"{switch}.log"
+            log = _log_file(paths, switch)
             said = log.read_text()[-500:] if log.exists() else "journalctl tells why"
             raise KernelError(f"the Python bridge of {switch} does not {'start' if there else 'end'}: {said}")
         time.sleep(0.02)
 
 
-def _tuples(entries: object) -> Iterator[tuple[object, ...]]:
-    if not isinstance(entries, tuple):
-        raise TypeError(f"{entries!r} are no devices")
-    yield from entries
+def _entry(member: Member) -> _Entry:
+    vids = tuple(sorted(member.vids))
+    return (member.id, member.name, member.role, vids, member.flood, member.macs, member.link_local)
 
 
-def _value(item: object) -> object:
-    return tuple(item) if isinstance(item, list) else item
+def _member(entry: _Entry) -> Member:
+    port_id, name, role, vids, flood, macs, link_local = entry
+    return Member(port_id, name, role, frozenset(vids), True, flood, macs, link_local)

@@ -27,6 +27,7 @@ from offload.bridge.membership import (
     write,
 )
 from offload.bridge.state import BridgeState, ExtensionState, MemberState, Restarts, StationState
+from offload.bridge.supervisor import alone
 from offload.errors import ConfigError, OffloadError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +137,9 @@ def test_the_file_must_be_of_the_switch(tmp_path: Path) -> None:
 def test_a_switch_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         membership_file(tmp_path, name)
+    with pytest.raises(ConfigError), alone(tmp_path, name):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 STATE = BridgeState(

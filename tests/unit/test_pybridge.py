@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.errors import ConfigError
 from offload.kernel import pybridge
 from offload.paths import Paths
 
@@ -40,7 +41,15 @@ def test_a_roster_is_read_as_it_was_written(paths: Paths) -> None:
     assert pybridge.rosters(paths) == {"ext0": ROSTER}
     document = json.loads((paths.bridges / "ext0.json").read_text())
     assert (document["version"], document["switch"], document["inner"]) == (1, "ext0", "ext0-py")
+    assert all(member["learn"] for member in document["members"])
     assert document["extensions"] == [{"name": "mirror", "file": "/tmp/web1.pcapng"}]
+
+
+def test_a_roster_that_no_bridge_could_read_leaves_the_old_one(paths: Paths) -> None:
+    pybridge.write_roster(paths, "ext0", ROSTER)
+    with pytest.raises(ConfigError, match="belongs to members"):
+        pybridge.write_roster(paths, "ext0", (DEVICES * 2, ROSTER[1]))
+    assert pybridge.rosters(paths) == {"ext0": ROSTER}
 
 
 def test_a_removed_roster_leaves_nothing(paths: Paths) -> None:
