@@ -53,7 +53,7 @@ _BPF_NAME = 7
 _SIDES = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_…)
 _WITHOUT_RULES = frozenset({"noqueue", "pfifo_fast", "pfifo", "bfifo", "fq", "fq_codel", "mq"})
 """Qdiscs that hold no frame back for longer than the device does, and drop none by a rule."""
-_OURS = "offload_"
+_OURS = "offload-"
 """How the names of our own tc programs begin."""
 
 _TIMEOUT = 10.0
