@@ -5,6 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
+from offload.bridge import state
+from offload.bridge.membership import Membership, write
+from offload.bridge.state import STALE, BridgeState, StationState
 from offload.kernel.heard import heard
 from offload.kernel.links import Links
 from offload.kernel.netns import call_in
@@ -33,3 +38,17 @@ def test_what_a_bridge_has_learnt_is_heard_and_static_entries_are_not(lab: Lab, 
     assert call_in(lab.host.path, lambda: heard(["ext0"], tmp_path)) == {STRANGER}
     assert call_in(lab.host.path, lambda: heard(["ext0", "other"], tmp_path)) == {STRANGER, vm.mac}
     assert call_in(lab.host.path, lambda: heard([], tmp_path)) == frozenset()
+
+
+@pytest.mark.parametrize(("age", "expected"), [(0.0, {STRANGER}), (2 * STALE, set())], ids=["runs", "ended"])
+def test_what_a_running_python_bridge_has_learnt_is_heard(
+    lab: Lab, tmp_path: Path, age: float, expected: set[str]
+) -> None:
+    """What was declared to it was not heard of anybody."""
+    write(tmp_path, Membership("ext0", "ext0-py"))
+    stations = [StationState(STRANGER, 0, "eth1", 1.0), StationState("02:15:5d:00:00:01", 0, "web1", None)]
+    told = BridgeState("ext0", 1, time.time() - age, "ext0-py", bound=True)
+    for _ in state.write(tmp_path, told, stations):
+        pass
+    assert call_in(lab.host.path, lambda: heard(["ext0"], tmp_path)) == expected
+    assert call_in(lab.host.path, lambda: heard(["other"], tmp_path)) == frozenset()

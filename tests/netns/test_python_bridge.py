@@ -479,3 +479,12 @@ def test_a_mirror_sends_copies_out_of_an_interface(lab: Lab, make_bridge: MakeBr
         assert seq_of(copies.wait_for(3)[2]) == 6
     found = bridge.settled().extensions[0]
     assert (found.state, found.counters["copies"], found.counters["lost"]) == ("on", 3, 1)
+
+
+def test_a_mirror_has_frames_that_go_nowhere(lab: Lab, make_bridge: MakeBridge, tmp_path: Path) -> None:
+    mirror = configured("mirror", file=str(tmp_path / "a.pcapng"))
+    bridge = make_bridge(member(1, "a"), member(2, "b"), extensions=(mirror,))
+    with lab.host.capture(SWITCH) as seen:
+        lab.host.send(SWITCH, [conduit_frame(1, A, A, 1)])
+        seen.assert_silent()
+    assert bridge.settled().extensions[0].counters == {"copies": 1, "lost": 0}

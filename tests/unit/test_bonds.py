@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from offload.bonds import Bond, refusals
+from offload.bonds import HASHES, MODES, Bond, refusals
 from offload.errors import ForeignError, OffloadError, UnsupportedError
 from offload.model import Link, XdpMode
 
@@ -75,6 +75,20 @@ def test_modes_of_a_bond(bond: Bond, said: str | None) -> None:
     errors = told("bond0", bond)
     assert [isinstance(error, UnsupportedError) for error in errors] == ([True] if said else [])
     assert all(said and said in str(error) for error in errors)
+
+
+def test_modes_and_hashes_have_the_kernel_s_numbers() -> None:
+    """BOND_MODE_… and BOND_XMIT_POLICY_… of include/uapi/linux/if_bonding.h."""
+    modes = {"balance-rr": 0, "active-backup": 1, "balance-xor": 2, "broadcast": 3, "802.3ad": 4}
+    modes |= {"balance-tlb": 5, "balance-alb": 6}
+    hashes = {"layer2": 0, "layer3+4": 1, "layer2+3": 2, "encap2+3": 3, "encap3+4": 4, "vlan+srcmac": 5}
+    assert {name: number for number, name in enumerate(MODES)} == modes
+    assert {name: number for number, name in enumerate(HASHES)} == hashes
+
+
+def test_generic_xdp_asks_for_members_too() -> None:
+    (error,) = told("bond0", Bond("active-backup", "layer2"), mode="generic")
+    assert "without members" in str(error)
 
 
 def test_generic_xdp_asks_nothing_of_the_mode() -> None:

@@ -46,11 +46,37 @@ class Watches(Extension):
         self.seen.append((frame.ingress, *to))
 
 
+class Breaks(Extension):
+    """Fails wherever it is called."""
+
+    called: list[str]
+
+    def __init__(self, options: Mapping[str, Any], switch: str) -> None:
+        self.called = options["called"]
+
+    def watch(self, frame: Frame, to: Sequence[str]) -> None:
+        self._fail("watch")
+
+    def second(self) -> None:
+        self._fail("second")
+
+    def counters(self) -> Mapping[str, int]:
+        self._fail("counters")
+        return {}
+
+    def close(self) -> None:
+        self._fail("close")
+
+    def _fail(self, where: str) -> None:
+        self.called.append(where)
+        raise SystemExit(where)
+
+
 class Mute(Extension):
     """Defines nothing."""
 
 
-CLASSES: dict[str, Any] = {"says": Says, "watches": Watches, "mute": Mute}
+CLASSES: dict[str, Any] = {"says": Says, "watches": Watches, "breaks": Breaks, "mute": Mute}
 
 
 def chain_of(
@@ -97,6 +123,10 @@ def test_counts_what_each_did() -> None:
     first, second = chain.states()
     assert (first.calls, first.failures, first.drops, first.state) == (0, 3, 0, "on")
     assert (second.calls, second.failures, second.drops) == (3, 0, 3)
+    chain = chain_of({"name": "x", "verdict": redirect("b")})
+    chain.verdict(frame())
+    (state,) = chain.states()
+    assert (state.calls, state.drops, state.redirects) == (1, 0, 1)
 
 
 def test_ten_failures_within_a_minute_switch_it_off() -> None:
@@ -140,6 +170,20 @@ def test_watchers_see_where_it_went_and_decide_nothing() -> None:
     chain.watch(frame("a"), ["b", "c"])
     chain.watch(frame("b"), [])
     assert seen == [("a", "b", "c"), ("b",)]
+
+
+def test_one_that_fails_in_every_call_takes_nobody_along() -> None:
+    called: list[str] = []
+    seen: list[tuple[str, ...]] = []
+    chain = chain_of({"kind": "breaks", "called": called}, {"kind": "watches", "seen": seen})
+    chain.watch(frame("a"), ["b"])
+    chain.second()
+    assert [state.counters for state in chain.states()] == [{}, {}]
+    state = chain.states()[0]
+    assert (state.state, state.failures, state.reason) == ("on", 3, "SystemExit: counters")
+    chain.close()
+    assert called == ["watch", "second", "counters", "counters", "close"]
+    assert seen == [("a", "b")]
 
 
 def test_who_defines_nothing_costs_nothing() -> None:

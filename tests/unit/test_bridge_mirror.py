@@ -10,6 +10,7 @@ import pytest
 
 from offload.bridge.extension import Frame
 from offload.bridge.mirror import Mirror
+from offload.errors import KernelError
 
 SECTION = 0x0A0D0D0A
 
@@ -119,6 +120,34 @@ def test_files_are_limited_in_size_and_number(tmp_path: Path) -> None:
     for name in names:
         assert (tmp_path / name).stat().st_size < 1_002_000
         assert {entry[:2] for entry in packets(tmp_path / name)} == {("a", 1)}
+
+
+def test_one_file_begins_anew_when_it_is_full(tmp_path: Path) -> None:
+    file = tmp_path / "x.pcapng"
+    for _ in range(2):  # what was there before counts, too
+        copy = mirror(file, max_megabytes=1, files=1)
+        for _ in range(700):
+            copy.watch(frame("a", 1000), [])
+        copy.close()
+    assert [found.name for found in tmp_path.iterdir()] == ["x.pcapng"]
+    assert file.stat().st_size < 1_002_000
+    assert {entry[:2] for entry in packets(file)} == {("a", 1)}
+
+
+def test_frames_that_an_interface_does_not_take_are_lost_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Down:
+        def __init__(self, device: str) -> None:
+            self.device = device
+
+        def send(self, parts: list[memoryview]) -> None:
+            raise KernelError(f"{self.device}: cannot send a frame out of it: Network is down")
+
+    monkeypatch.setattr("offload.bridge.mirror.Sender", Down)
+    copy = Mirror({"interface": "mon0"}, "ext0")
+    copy.watch(frame("a"), ["b"])
+    assert copy.counters() == {"copies": 0, "lost": 1}
 
 
 def test_an_existing_capture_is_added_to(tmp_path: Path) -> None:

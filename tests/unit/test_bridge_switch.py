@@ -85,6 +85,15 @@ def test_a_station_that_moves_is_found_where_it_sent_last() -> None:
     assert {(item.mac, item.member) for item in switch.stations(100.0)} == {(D, "c"), (A, "a")}
 
 
+def test_a_station_that_moves_gives_its_place_in_the_table_back() -> None:
+    switch = switch_of(*TRIO, stations=1)
+    for number in (1, 2, 1, 2):
+        send(switch, number, ALL, D)
+    assert [switch.ports[number].learnt for number in (1, 2)] == [0, 1]
+    send(switch, 1, ALL, A)
+    assert {(item.mac, item.member) for item in switch.stations(100.0)} == {(D, "b"), (A, "a")}
+
+
 def test_a_declared_address_never_ages() -> None:
     switch = switch_of(member(1, "a"), member(2, "b", learn=False, macs=(B,)))
     switch.age(1e9)
@@ -162,6 +171,15 @@ def test_flooding_is_limited_per_member_and_known_unicast_is_not() -> None:
     assert [bool(send(switch, 1, ALL, A, now=1e6)) for _ in range(4)] == [True, True, True, False]
 
 
+def test_a_new_membership_does_not_refill_the_flood_limit() -> None:
+    limit = FloodLimit(rate=10, burst=3)
+    switch = switch_of(*TRIO, flood_limit=limit)
+    for _ in range(3):
+        assert send(switch, 1, ALL, A)
+    switch.configure(Membership("ext0", "ext0-py", TRIO, flood_limit=limit))
+    assert send(switch, 1, ALL, A) == []
+
+
 def test_a_member_fills_only_its_own_part_of_the_table() -> None:
     switch = switch_of(*TRIO, stations=2)
     for number in range(5):
@@ -192,7 +210,7 @@ def test_who_stays_keeps_counters_and_stations() -> None:
     switch = switch_of(*TRIO)
     for number, mac in ((1, A), (2, B), (3, C)):
         send(switch, number, ALL, mac)
-    switch.ports[1].rx_packets = 7
+    switch.ports[1].rx_packets = switch.ports[2].rx_packets = 7
     switch.configure(
         Membership(
             "ext0", "ext0-py", (member(1, "a"), member(9, "b"), member(3, "c", learn=False), member(2, "d"))

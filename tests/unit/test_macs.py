@@ -153,6 +153,15 @@ def test_the_umask_says_who_may_read_the_file(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_the_file_and_its_name_are_on_disk_when_an_address_is_given(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    allocator(path).assign(["a"], ())
+    assert synced == ["macs.json.new", "state"]
+
+
 def test_a_missing_privilege_is_told_as_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path.parent))

@@ -51,6 +51,18 @@ def test_what_resolved_has_for_a_device(root: Path, calls: Path) -> None:
     assert resolved.settings(3, root) == (("192.0.2.53", "2001:db8::53"), ("example.org", "~."), True)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("DEFAULT_ROUTE=no\n", False), ("", None)],
+    ids=["no", "not-said"],
+)
+def test_whether_resolved_asks_a_device_by_default(
+    root: Path, calls: Path, line: str, expected: bool | None
+) -> None:
+    (root / "run/systemd/resolve/netif/3").write_text(f"SERVERS=192.0.2.53\n{line}")
+    assert resolved.settings(3, root) == (("192.0.2.53",), (), expected)
+
+
 @pytest.mark.parametrize("content", [None, "LLMNR=yes\n", "SERVERS=\n"])
 def test_a_device_without_servers(root: Path, calls: Path, content: str | None) -> None:
     state = root / "run/systemd/resolve/netif/3"

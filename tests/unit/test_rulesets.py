@@ -111,6 +111,8 @@ EVERYBODY = {"web1", "web2", "db1", "vnet0"}
         ),
         pytest.param([match(meta("iifname"), "web1"), {"jump": {"target": "inner"}}], {"web1"}, id="jump"),
         pytest.param([{"jump": {"target": "forward"}}], set(), id="jump-in-a-circle"),
+        pytest.param([match(meta("iifname"), "web1"), {"goto": {"target": "inner"}}], {"web1"}, id="goto"),
+        pytest.param([{"goto": {"target": "forward"}}], set(), id="goto-in-a-circle"),
         pytest.param([match(meta("iifname"), "web1"), {"accept": None}], set(), id="lets-pass"),
         pytest.param([match(meta("iifname"), "web1"), {"counter": {"packets": 0}}], {"web1"}, id="counts"),
         pytest.param([match(meta("iifname"), "web1"), "drop"], {"web1"}, id="bare-word"),
@@ -152,10 +154,11 @@ Bridge table: filter
 
 Bridge chain: INPUT, entries: 0, policy: ACCEPT
 
-Bridge chain: FORWARD, entries: 3, policy: ACCEPT
+Bridge chain: FORWARD, entries: 4, policy: ACCEPT
 -p ARP -i web1 -j inner
 -o ! web2 --logical-out br0 -j DROP
 -i vnet+ -j CONTINUE
+-o db+ -j DROP
 
 Bridge chain: OUTPUT, entries: 0, policy: {policy}
 
@@ -167,7 +170,7 @@ Bridge chain: inner, entries: 1, policy: RETURN
 def test_the_old_ebtables() -> None:
     table = of_ebtables(EBTABLES.replace("{policy}", "ACCEPT"))
     assert table.concerning("web1", ("ext0", "eth1")) == ["FORWARD"]
-    assert concerned(table) == {"web1"}
+    assert concerned(table) == {"web1", "db1"}
     assert concerned(of_ebtables(EBTABLES.replace("{policy}", "DROP"))) == EVERYBODY
     with pytest.raises(ValueError, match="unexpected form"):
         of_ebtables("The kernel doesn't support the ebtables 'filter' table.")

@@ -48,6 +48,14 @@ def test_what_waits_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert back.former.files() == {"web1": PortFile("keep", PORT)}
 
 
+def test_what_waits_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    file, first = tmp_path / "file", pending()
+    save_pending(file, first)
+    with file.open() as reading:
+        save_pending(file, pending())
+        assert first.token in reading.read()
+
+
 def test_after_a_reboot_nothing_waits(tmp_path: Path) -> None:
     save_pending(tmp_path / "file", pending())
     assert load_pending(tmp_path / "file", "another boot") is None
@@ -111,3 +119,4 @@ def test_what_has_to_be_confirmed_leaves_out_what_was() -> None:
     )
     asked = {"eth1": ("192.0.2.2/24", "192.0.2.1/24"), "eth2": ("203.0.113.1/24",)}
     assert taken(network, asked) == {"eth1": TAKEN}
+    assert taken(network, {"eth1": ("192.0.2.2/24",)}) == {"eth1": Taken(MAC, ("192.0.2.2/24",), ())}
