@@ -27,6 +27,7 @@
  */
 #define PORT_FRAGS_POSSIBLE (1u << 3)
 #define PORT_BYPASS (1u << 4) /* tc may hand it frames past the bridge */
+#define PORT_SOCKETS (1u << 5) /* an AF_XDP port with sockets on the NIC's own queues */
 
 /* One row of the port table. Two aligned words, each of which is stored whole. */
 struct port {
@@ -50,6 +51,7 @@ struct tally {
  */
 struct port_counters {
 	/* Towards the port. */
+	struct tally socket;   /* NIC's CPU: handed to an AF_XDP socket on the NIC's queue */
 	struct tally direct;   /* NIC's CPU: handed to the device */
 	struct tally queued;   /* NIC's CPU: sent to the queue's CPU */
 	struct tally handed;   /* queue's CPU: handed to the device */
@@ -83,6 +85,12 @@ struct nic_counters {
 	struct tally no_cpu;    /* the queue's CPU is not set up */
 	struct tally too_big;   /* longer than the port's MTU allows */
 	struct tally frags;     /* several buffers, and the device takes one */
+};
+
+/* The inner end of an AF_XDP port: what its programs saw. One copy per CPU. */
+struct channel_counters {
+	struct tally handed;      /* to a socket, which may have had no room */
+	struct tally no_consumer; /* dropped: nobody had put a socket there */
 };
 
 /* What a device is to its switch. */

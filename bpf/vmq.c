@@ -7,11 +7,12 @@
  *   2. nobody's (MAC, VID)                                       -> bridge
  *   3. tags that the port's mode cannot have, any of 802.1ad     -> drop
  *   4. the port is paused, or cannot take a frame of this length -> bridge
- *   5. the queue has a CPU of its own, and it is not this one    -> that CPU
- *   6. the device is away                                        -> bridge
- *   7. the tag taken off where the port is not a trunk           -> device
+ *   5. an AF_XDP port has a socket on this RX queue: 8, but      -> socket
+ *   6. the queue has a CPU of its own, and it is not this one    -> that CPU
+ *   7. the device is away                                        -> bridge
+ *   8. the tag taken off where the port is not a trunk           -> device
  *
- * queue   XDP in the cpumap, on the queue's CPU: 2, 3, 4, 6 and 7 once more.
+ * queue   XDP in the cpumap, on the queue's CPU: 2, 3, 4, 7 and 8 once more.
  *   It asks again instead of trusting a note from the first program, because a
  *   filter may have moved while the frame waited: no frame is ever delivered on
  *   an answer that is not true any more. The frame comes unchanged, so that it
@@ -36,6 +37,10 @@ BPF_F_TABLE("array", __u32, struct port, ports, MAX_PORTS, BPF_F_MMAPABLE);
 BPF_XDP_REDIRECT_MAP("devmap", struct bpf_devmap_val, devices, MAX_PORTS);
 /* This NIC's queue CPUs, by CPU number, each with the queue program. */
 BPF_XDP_REDIRECT_MAP("cpumap", struct bpf_cpumap_val, cpus, MAX_CPUS);
+/* The AF_XDP sockets of one port on its NIC, by RX queue: what `sockets` holds. */
+BPF_XSKMAP(nic_sockets, MAX_NIC_QUEUES);
+/* The ports that have such sockets, by port id. */
+BPF_ARRAY_OF_MAPS(sockets, "nic_sockets", MAX_PORTS);
 /* What became of each port's frames, by port id. */
 BPF_TABLE("percpu_array", __u32, struct port_counters, port_counters, MAX_PORTS);
 /* Why this NIC's frames went to the bridge: one row. */
@@ -106,8 +111,10 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 	struct port_counters *counters = 0;
 	struct nic_counters *missed;
 	__u32 length = end - data, reason = ROW(malformed), zero = 0, id;
+	struct tally *handed;
 	struct frame frame;
 	struct port *port;
+	void *owned;
 	int foreign;
 
 	if (parse_frame(data, end, &frame) < 0)
@@ -150,6 +157,12 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 	if (length > port->max_len + (frame.tags.tagged ? sizeof(struct vlan_tag) : 0))
 		goto bridge;
 
+	if (place == ON_NIC_CPU && port->flags & PORT_SOCKETS) {
+		owned = sockets.lookup((int *)&id);
+		handed = &counters->socket;
+		if (owned && bpf_redirect_map(owned, ctx->rx_queue_index, XDP_PASS) == XDP_REDIRECT)
+			goto hand_over;
+	}
 #ifdef QUEUE_CPUS
 	if (place == ON_NIC_CPU && port->cpu != CPU_OF_NIC && port->cpu != bpf_get_smp_processor_id()) {
 		reason = ROW(no_cpu);
@@ -162,10 +175,12 @@ static __always_inline int steer(struct xdp_md *ctx, enum place place)
 	reason = ROW(no_device);
 	if (devices.redirect_map(id, XDP_PASS) != XDP_REDIRECT)
 		goto bridge;
+	handed = place == ON_NIC_CPU ? &counters->direct : &counters->handed;
+hand_over:
 	reason = ROW(malformed);
 	if (frame.tags.tagged && (frame.tags.vid == 0 || frame.tags.vid == port->pvid) && strip_tag(ctx) < 0)
 		goto bridge;
-	count(place == ON_NIC_CPU ? &counters->direct : &counters->handed, length);
+	count(handed, length);
 	return XDP_REDIRECT;
 
 bridge:

@@ -55,6 +55,7 @@ packages() {
 python3-bpfcc       compiles the BPF programs (bcc, with LLVM)
 python3-venv        makes .venv for the Python part
 libbpf1             loads and links the BPF programs
+libatomic1          orders accesses to the rings of AF_XDP sockets
 linux-libc-dev      the kernel's user-space headers, which the BPF programs include
 iproute2            network namespaces, bridges and tc, for demo and tests
 ethtool             NIC features, for demo and tests
@@ -73,6 +74,8 @@ e2fsprogs           makes their disks
 dnsmasq-base        gives guests their addresses, for the tests
 nftables            rules that the fast path passes by, for the tests
 tshark              reads what the port mirror wrote, for the tests
+gcc                 builds the C program that a benchmark compares with
+libc6-dev           headers for that
 LIST
 }
 if [ "$list" = 1 ]; then

@@ -571,6 +571,10 @@ def _port_options(command: Command) -> Command:
         *args: Any,
         switch: str | None,
         device: str | None,
+        af_xdp: str | None,
+        zero_copy: str | None,
+        trusted: bool | None,
+        owner: str | None,
         mac: tuple[str, ...],
         vlan: str | None,
         queue: str | None,
@@ -582,9 +586,16 @@ def _port_options(command: Command) -> Command:
     ) -> None:
         if both := set(allow) & set(deny):
             raise click.UsageError(f"{min(both)}: either --allow or --deny.")
+        sockets = {
+            "mode": af_xdp,
+            "zero_copy": zero_copy,
+            "trusted": trusted,
+            "owner": {"user": owner} if owner else None,
+        }
         given: dict[str, Any] = {
             "switch": switch,
             "device": device,
+            "af_xdp": {key: value for key, value in sockets.items() if value is not None} or None,
             "mac": mac[0] if len(mac) == 1 else list(mac) or None,
             "queue": queue,
             "cpu": int(cpu) if cpu is not None and cpu.isdecimal() else cpu,
@@ -621,6 +632,23 @@ def _port_options(command: Command) -> Command:
         click.option(
             "--mac", metavar="MAC|auto", multiple=True, help="The VM's address; may be given again."
         ),
+        click.option("--owner", metavar="USER", help="AF_XDP: whose processes may take its sockets."),
+        click.option(
+            "--trusted/--untrusted",
+            default=None,
+            help="AF_XDP: whether its consumer may bind sockets of its own to the NIC, past the guards.",
+        ),
+        click.option(
+            "--zero-copy",
+            type=click.Choice(["auto", "require", "off"]),
+            help="AF_XDP: on the NIC's queues, where its driver can.",
+        ),
+        click.option(
+            "--af-xdp",
+            type=click.Choice(["auto", "software", "hardware"]),
+            help="Deliver to AF_XDP sockets instead of a device: through a veth pair of the port's own "
+            "(software), or on the NIC's queues besides (hardware).",
+        ),
         click.option("--device", metavar="DEVICE", help="The tap, or the host's end of the veth."),
         click.option(
             "--switch", metavar="SWITCH", shell_complete=_complete("switches"), help="The switch it is on."
@@ -640,16 +668,18 @@ def _port_options(command: Command) -> Command:
 def port_add(name: str, spec: dict[str, Any], keep: bool, dry_run: bool, as_json: bool, paths: Paths) -> None:
     """Add the port NAME.
 
-    Needs the running daemon, --switch and --device. The device may appear later. Without
-    --keep the port is gone with the next boot.
+    Needs the running daemon, --switch, and --device or --af-xdp. The device may appear later.
+    Without --keep the port is gone with the next boot.
 
     \b
     Examples:
       sudo offload port add web1 --switch ext0 --device web1 --mac 02:15:5d:00:00:01
       sudo offload port add db1 --switch ext0 --device db1 --mac auto --vlan 10 --keep
       sudo offload port add fw1 --switch ext0 --device fw1 --vlan trunk:10,20/native:1
+      sudo offload port add ids1 --switch ext0 --af-xdp software --owner suricata --mac auto
     """
-    missing = [f"--{key}" for key in ("switch", "device") if key not in spec]
+    missing = ["--switch"] if "switch" not in spec else []
+    missing += ["--device or --af-xdp"] if not spec.keys() & {"device", "af_xdp"} else []
     if missing:
         raise click.UsageError(f"Missing option {' and '.join(missing)}.")
     with _connect(paths) as client:

@@ -399,13 +399,19 @@ class SwitchConfig(_Model):
 
 
 class OwnerConfig(_Model):
-    """Who may open a port's AF_XDP sockets."""
+    """Whose processes may open a port's AF_XDP sockets, besides root's."""
 
     user: ObjectName = Field(description="the name of a user")
 
 
 class AfXdpConfig(_Model):
-    """AF_XDP delivery, in place of a device."""
+    """AF_XDP delivery, in place of a device.
+
+    ``mode`` ``software``: through a veth pair of the port's own. ``hardware``: besides that, sockets on
+    the NIC's own queues. ``auto``: hardware where the NIC steers frames into queues, which no NIC is made
+    to do yet, so software. ``zero_copy`` is about the NIC's queues: a veth copies. ``trusted``: the
+    consumer may bind sockets of its own there, with which it can send past the switch and its guards.
+    """
 
     mode: Literal["auto", "hardware", "software"] = "auto"
     zero_copy: Literal["auto", "require", "off"] = "auto"
@@ -423,7 +429,7 @@ class AllowConfig(_Model):
 
 
 class PortConfig(_Model):
-    """A VM's port. Exactly one of ``device`` and ``af_xdp`` is set.
+    """A VM's port. Exactly one of ``device`` and ``af_xdp`` is set, until ``with_channels``.
 
     ``mac`` holds lower-case addresses with colons, or ``auto`` until ``macs.resolve_auto``.
     ``cpu``: ``auto`` (the product picks one), a number, or ``nic``. ``nic`` is an extension
@@ -636,6 +642,30 @@ def _shape(document: Document) -> Iterator[Problem]:
                 yield Problem(
                     dotted(("ports", name, "device")), "", found + "exactly one of device and af_xdp"
                 )
+            for place, wanted in _af_xdp_shape(port, _mapping(port.get("af_xdp"))):
+                yield _problem(document, (("ports", name, *place), _value_at(port, place), wanted))
+
+
+def _value_at(entry: Mapping[str, Any], location: Location) -> object:
+    for key in location:
+        entry = _mapping(entry).get(str(key), "")
+    return entry
+
+
+def _af_xdp_shape(port: Mapping[str, Any], af_xdp: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    hardware = af_xdp.get("mode") == "hardware"
+    if af_xdp.get("zero_copy") == "require" and not hardware:
+        yield (
+            ("af_xdp", "zero_copy"),
+            "only a NIC's own queue can do without copying: mode: hardware with it, or zero_copy: auto",
+        )
+    if af_xdp.get("trusted") is True and not hardware:
+        yield (
+            ("af_xdp", "trusted"),
+            "must be absent: only with mode: hardware is there a queue of the NIC to trust somebody with",
+        )
+    if hardware and port.get("queue") == "off":
+        yield ("queue",), "must not be off with af_xdp.mode: hardware: the NIC's sockets would get no frame"
 
 
 def _switch_shape(switch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -673,6 +703,7 @@ def _clashes(config: Config, document: Document) -> Iterator[Problem]:
         *_interface_faults(config),
         *_bridge_faults(config),
         *_filter_faults(config),
+        *_hardware_channel_faults(config),
     ):
         yield _problem(document, fault)
 
@@ -721,6 +752,30 @@ def _port_faults(config: Config, switches: Collection[str], has_mac_range: bool)
                 "needs mac_range to draw from: set mac_range: {first: ..., last: ...}, or an address here"
             )
             yield ("ports", name, "mac"), port.mac, allowed
+        switch = config.switches.get(port.switch)
+        taken = {switch.uplink, "host" if switch.host else None} if switch else set()
+        if switch and switch.bridge == "python" and name in taken:
+            yield ("ports", name), "", f"a Python bridge calls another device {name}: rename this port"
+
+
+def _hardware_channel_faults(config: Config) -> Iterator[Fault]:
+    """While NICs are not told which frames belong in which queue, all queues of one have one owner."""
+    owners: dict[str, str] = {}
+    for name, port in config.ports.items():
+        switch = config.switches.get(port.switch)
+        if port.af_xdp is None or port.af_xdp.mode != "hardware" or switch is None:
+            continue
+        at: Location = ("ports", name, "af_xdp", "mode")
+        if switch.uplink is None:
+            yield at, "hardware", "must be software or auto: its switch has no NIC"
+            continue
+        other = owners.setdefault(switch.uplink, name)
+        if other != name:
+            allowed = (
+                f"must be software or auto: {dotted(('ports', other))} has the queues of {switch.uplink}, "
+                "which does not steer, so that one port alone can have sockets there"
+            )
+            yield at, "hardware", allowed
 
 
 def _interface_faults(config: Config) -> Iterator[Fault]:
@@ -743,6 +798,10 @@ def _interface_faults(config: Config) -> Iterator[Fault]:
     for name, port in config.ports.items():
         if port.device is not None:
             claims.append((("ports", name, "device"), port.device, "must be a device of its own"))
+        if port.af_xdp is not None:
+            outer = channel_outer(name)
+            allowed = f"its end at the switch is {outer}: must not be the name of another interface"
+            claims.append((("ports", name, "af_xdp"), outer, allowed))
     owners: dict[str, Location] = {}
     for location, interface, allowed in claims:
         owner = owners.setdefault(interface, location)
@@ -753,7 +812,7 @@ def _interface_faults(config: Config) -> Iterator[Fault]:
 
 
 def _bridge_faults(config: Config) -> Iterator[Fault]:
-    members = Counter(port.switch for port in config.ports.values() if port.device is not None)
+    members = Counter(port.switch for port in config.ports.values())
     for name, switch in config.switches.items():
         count = members[name] + (switch.uplink is not None) + (switch.host is not None)
         if switch.bridge == "kernel" and count > MAX_BRIDGE_PORTS:
@@ -803,8 +862,6 @@ def unsupported(config: Config) -> list[Problem]:
     faults: list[Fault] = []
     for name, port in config.ports.items():
         at = ("ports", name)
-        if port.af_xdp is not None:
-            faults.append(((*at, "af_xdp"), "", "not in this version: use device: with a tap or veth"))
         if port.queue == "hardware":
             faults.append(((*at, "queue"), port.queue, "not in this version: use queue: auto or software"))
         if port.delivery == "gro":
@@ -817,6 +874,20 @@ def unsupported(config: Config) -> list[Problem]:
 def conduit_inner(switch: str) -> str:
     """The interface where the Python bridge of a switch listens."""
     return _derived(switch, "-py")
+
+
+def channel_outer(port: str) -> str:
+    """The switch's end of an AF_XDP port's veth pair."""
+    return _derived(port, "-xsk")
+
+
+def with_channels(config: Config) -> Config:
+    """``config`` with the name of the device in every AF_XDP port: for the switch it is one like others."""
+    ports = {
+        name: port.model_copy(update={"device": channel_outer(name)}) if port.af_xdp else port
+        for name, port in config.ports.items()
+    }
+    return config.model_copy(update={"ports": ports})
 
 
 def host_inner(interface: str) -> str:

@@ -26,10 +26,11 @@ from pydantic import JsonValue
 
 from . import __version__, api, portfiles, report, takeover, takeovers
 from .bridge.chain import installed
-from .config import Config, merge_ports, parse, parse_port, require_supported, warnings
+from .config import Config, merge_ports, parse, parse_port, require_supported, warnings, with_channels
 from .describe import describe
 from .document import dotted
 from .errors import ConfigError, OffloadError, Problem, UsageError
+from .handover import HandOver, offers
 from .journal import Era, Journal
 from .kernel import bypassed, host
 from .kernel.bypassed import Place
@@ -37,6 +38,7 @@ from .kernel.counters import Meter
 from .kernel.heard import heard
 from .kernel.links import LinkEvents
 from .kernel.service import alone, notify
+from .kernel.sockets import Supply
 from .kernel.system import System
 from .kernel.watchdog import watch
 from .macs import MacAllocator, resolve_auto
@@ -98,7 +100,7 @@ def understand(text: str, source: str, files: Mapping[str, PortFile], paths: Pat
         on_network = heard(asked.switches, paths.run_dir)
         config = resolve_auto(asked, allocator, on_network, keep=False)
     own = {name: file for name, file in files.items() if name not in base.ports}
-    return Wanted(text, source, own, asked, config, on_network)
+    return Wanted(text, source, own, asked, with_channels(config), on_network)
 
 
 def _require_extensions(config: Config, source: str) -> None:
@@ -189,6 +191,7 @@ class Daemon:
         self._journal = Journal(paths.journal, era())
         self._reconciler = Reconciler(system, self._journal)
         self._meter = Meter(system)
+        self._hand_over = HandOver(paths, Supply(system.channels))
         self._started = datetime.now(UTC)
         self._loaded = self._started
         self._load_error: str | None = None
@@ -233,6 +236,7 @@ class Daemon:
                 loop.remove_reader(news)
         finally:
             server.close()
+            await self._hand_over.close()
             if self._metrics:
                 await asyncio.to_thread(self._metrics.stop)
 
@@ -289,6 +293,7 @@ class Daemon:
             raise
         else:
             self._last_error = None
+            self._hand_over.follow(offers(config, result.facts.af_xdp.users))
             return result
         finally:
             self._last_seconds = time.monotonic() - began
@@ -678,11 +683,13 @@ def _view(pending: takeovers.Pending) -> TakeoverView:
 
 
 def _changed(before: Mapping[str, JsonValue], spec: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """A port's keys with those of ``spec``; of the guards, the ones that are not named stay as they are."""
-    kept, given = before.get("allow"), spec.get("allow")
-    if isinstance(kept, dict) and isinstance(given, dict):
-        return {**before, **spec, "allow": {**kept, **given}}
-    return {**before, **spec}
+    """A port's keys with those of ``spec``; guards and AF_XDP settings that it does not name stay."""
+    merged = {**before, **spec}
+    for key in ("allow", "af_xdp"):
+        kept, given = before.get(key), spec.get(key)
+        if isinstance(kept, dict) and isinstance(given, dict):
+            merged[key] = {**kept, **given}
+    return merged
 
 
 def _without_nulls(spec: Mapping[str, JsonValue]) -> dict[str, object]:

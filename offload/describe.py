@@ -15,6 +15,7 @@ from offload.model import (
     BridgeVlans,
     Carried,
     Change,
+    Channel,
     Conduit,
     DeviceResource,
     Fdb,
@@ -27,6 +28,7 @@ from offload.model import (
     Member,
     MemberRow,
     Network,
+    NicSockets,
     PeerFeature,
     PortRecord,
     PortSlot,
@@ -80,6 +82,11 @@ def _text(change: Change) -> str:
             return f"remove the veth pair {name}" if gone else f"make {name}, a veth pair to a Python bridge"
         case HostPair(name, inner):
             return _host_pair(name, inner, change)
+        case Channel(name, port):
+            what = f"the AF_XDP channel of port {port}: {name} and its inner end"
+            return f"remove {what}" if gone else f"{'make' if change.before is None else 'change'} {what}"
+        case NicSockets(port):
+            return f"{_verb(change)} the map for sockets of port {port} on the queues of its NIC"
         case Address(interface, address):
             return f"take {address} from {interface}" if gone else f"give {interface} the address {address}"
         case Carried(device, _, address):

@@ -26,7 +26,7 @@ from prometheus_client.samples import Sample
 import offload
 from offload.config import split_listen
 from offload.errors import OffloadError, PrivilegeError, UsageError
-from offload.views import PORT_STATES, QUEUE_STATES, Counters, NicView, PortView, QueueView, SwitchView
+from offload.views import PORT_STATES, QUEUE_STATES, AfXdp, Counters, NicView, PortView, QueueView, SwitchView
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of ``offload_reconcile_duration_seconds``, in seconds."""
@@ -89,6 +89,23 @@ _FAMILIES: dict[str, tuple[Callable[[str, str], Metric], str]] = {
     "offload_bridge_drops": (
         CounterMetricFamily,
         "Frames that a switch's Python bridge lost or dropped, by reason.",
+    ),
+    "offload_xsk_handed_packets": (
+        CounterMetricFamily,
+        "Frames of an AF_XDP port given to a socket; channel hardware is on its NIC's queues.",
+    ),
+    "offload_xsk_lost_packets": (
+        CounterMetricFamily,
+        "Frames that the kernel lost on an AF_XDP socket since it was bound, by ring: rx was full, fill was "
+        "empty, unfit. Absent where the kernel does not tell; the port's drops as ring_full have them too.",
+    ),
+    "offload_xsk_consumer": (
+        GaugeMetricFamily,
+        "1 while somebody's socket is in the map of a channel's queue, 0 when nobody's is.",
+    ),
+    "offload_xsk_zero_copy": (
+        GaugeMetricFamily,
+        "1 when zero copy is in force on a channel's queue, 0 when not; absent when nobody can tell.",
     ),
     "offload_filters": (GaugeMetricFamily, "Filters in a NIC's table."),
     "offload_queues_waiting": (GaugeMetricFamily, "Ports that want a queue of a NIC and have none."),
@@ -211,6 +228,20 @@ def _ports(families: dict[str, Metric], ports: Sequence[PortView]) -> None:
         _sample(info, "_info", about, 1)
         for each in PORT_STATES:
             _sample(state, "", {"port": port.name, "state": each}, each == port.state)
+        if port.af_xdp:
+            _channels(families, owner, port.af_xdp)
+
+
+def _channels(families: dict[str, Metric], owner: dict[str, str], af_xdp: AfXdp) -> None:
+    for kind, count in af_xdp.handed.items():
+        _sample(families["offload_xsk_handed_packets"], "_total", {**owner, "channel": kind}, count)
+    for channel in af_xdp.channels:
+        labels = {**owner, "channel": channel.kind, "queue": str(channel.queue)}
+        _sample(families["offload_xsk_consumer"], "", labels, channel.consumer is not None)
+        if channel.zero_copy is not None:
+            _sample(families["offload_xsk_zero_copy"], "", labels, channel.zero_copy)
+        for ring, count in channel.lost.items():
+            _sample(families["offload_xsk_lost_packets"], "_total", {**labels, "ring": ring}, count)
 
 
 def _queues(families: dict[str, Metric], queues: Sequence[QueueView]) -> None:

@@ -71,6 +71,28 @@ class HostPair(Resource):
 
 
 @dataclass(frozen=True, order=True)
+class Channel(Resource):
+    """The software channel of an AF_XDP port: a veth pair, a namespace and the program at its inner end.
+
+    Value: ``(MAC, MTU, uid, program digest)``: of the inner end, which is alone in its namespace, and of
+    who may open its map. ``name`` is the outer end, the switch's.
+    """
+
+    name: str
+    port: str
+
+
+@dataclass(frozen=True, order=True)
+class NicSockets(Resource):
+    """The XSKMAP of an AF_XDP port's sockets on its NIC's own queues. Value: ``(port id, uid)``.
+
+    The uid is of who may open it.
+    """
+
+    port: str
+
+
+@dataclass(frozen=True, order=True)
 class Master(DeviceResource):
     """The bridge that a device is in. Value: the bridge's name, or ``None``."""
 

@@ -60,6 +60,14 @@ class Paths:
         """Held by the process of a switch's Python bridge."""
         return self.bridges / f"{switch}.lock"
 
+    def namespace(self, port: str) -> Path:
+        """The network namespace of an AF_XDP port's inner end."""
+        return self.run_dir / "netns" / port
+
+    def hand_over(self, port: str) -> Path:
+        """The unix socket at which an AF_XDP port's consumer gets maps and sockets."""
+        return self.run_dir / "xsk" / f"{port}.sock"
+
     @property
     def cache(self) -> Path:
         """Compiled programs."""
@@ -68,4 +76,4 @@ class Paths:
     @property
     def objects(self) -> Path:
         """Pinned programs, maps and links. The name changes when their layout does."""
-        return self.pin_dir / "v2"
+        return self.pin_dir / "v3"

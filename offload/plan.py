@@ -14,8 +14,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from . import bonds, switches, takeover
-from .config import Config, NicConfig, PortConfig, VlanMode, conduit_inner, cpus_named, host_inner
+from . import bonds, channels, switches, takeover
+from .config import (
+    Config,
+    NicConfig,
+    PortConfig,
+    VlanMode,
+    conduit_inner,
+    cpus_named,
+    host_inner,
+)
 from .errors import ConfigError, ForeignError, OffloadError, Problem, UnsupportedError
 from .model import (
     Address,
@@ -25,6 +33,7 @@ from .model import (
     BridgeVlans,
     Carried,
     Change,
+    Channel,
     Conduit,
     Fdb,
     Feature,
@@ -37,6 +46,7 @@ from .model import (
     Member,
     MemberRow,
     Network,
+    NicSockets,
     PeerFeature,
     PortRecord,
     PortSlot,
@@ -57,7 +67,7 @@ from .model import (
 from .queues import Queue, Request, allocate
 from .switches import Switch
 
-RUNNING, TRUNK, NO_FRAGS, FRAGS_POSSIBLE, BYPASS = 1, 2, 4, 8, 16
+RUNNING, TRUNK, NO_FRAGS, FRAGS_POSSIBLE, BYPASS, SOCKETS = 1, 2, 4, 8, 16, 32
 """Port flags, as in ``bpf/abi.h``."""
 
 RING_SIZE = 4096
@@ -86,9 +96,11 @@ class Facts:
     ``peers`` tells for every veth that matters why its other end cannot be reached (``None``: it
     can). ``features`` has the active tag features of the uplinks, ``True`` where they can
     be switched off. ``held`` is the port table: id, queue and flags by port name. ``own`` are the
-    bridges and veth pairs that we made, ``members`` the ifindexes of devices that are in a switch,
-    ``networks`` the switches' numbers, ``stations`` where each address is, by number, MAC and VID.
+    bridges and veth pairs that we made, ``members`` the devices that are in a switch, by ifindex, with
+    the version of their programs, ``networks`` the switches' numbers, ``stations`` where each address
+    is, by number, MAC and VID.
     ``redirects_frags``: XDP can hand a frame of several buffers to a device that takes such frames.
+    ``af_xdp`` is what AF_XDP ports need to know.
     """
 
     links: Mapping[str, Link]
@@ -99,7 +111,7 @@ class Facts:
     switch_digest: str = ""
     detached: bool = False
     own: frozenset[str] = frozenset()
-    members: frozenset[int] = frozenset()
+    members: Mapping[int, tuple[MemberRow, str]] = field(default_factory=dict)
     networks: Mapping[str, int] = field(default_factory=dict)
     stations: Mapping[tuple[int, str, int], StationRow] = field(default_factory=dict)
     programs: Mapping[int, int] = field(default_factory=dict)
@@ -110,6 +122,7 @@ class Facts:
     addresses: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     bonds: Mapping[str, bonds.Bond] = field(default_factory=dict)
     host: takeover.HostNetwork = field(default_factory=takeover.HostNetwork)
+    af_xdp: channels.Host = field(default_factory=channels.Host)
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -124,7 +137,7 @@ class PortDecision:
     name: str
     port_id: int
     state: Literal["waiting", "active", "paused", "failed"]
-    path: Literal["queue", "bridge"]
+    path: Literal["queue", "af_xdp", "bridge"]
     nic: str | None
     queue: Queue | None
     reason: str | None
@@ -147,9 +160,13 @@ class Desired:
 
 def desire(config: Config, facts: Facts) -> Desired:
     """Decide for every switch, NIC and port of ``config``."""
+    facts = replace(facts, links={**channels.to_come(config, facts.links), **facts.links})
     ids = _ids(config, facts)
     nic_problems: dict[str, list[str]] = {name: [] for name in config.nics}
-    refusals: list[OffloadError] = list(_impossible(config, facts))
+    refusals: list[OffloadError] = [
+        *_impossible(config, facts),
+        *channels.refusals(config, facts.links, facts.own, facts.af_xdp),
+    ]
     state: dict[Resource, Value] = {}
     standing: dict[str, Switch] = {}
     for name, number in _numbers(config, facts).items():
@@ -259,6 +276,7 @@ def _impossible(config: Config, facts: Facts) -> Iterable[OffloadError]:
         for path, cpu in cpus_named(config).items()
         if cpu not in facts.online_cpus
     ]
+    missing += channels.missing_users(config, facts.af_xdp)
     if missing:
         yield ConfigError(missing)
 
@@ -536,8 +554,13 @@ def _port(
             running = queue is not None and not facts.detached
         if running:
             flags |= RUNNING | _frag_flags(present, nic, facts)
-            if present.kind == "veth":
+            if present.kind == "veth" and not port.af_xdp:
                 state[PeerFeature(*at, NAPI)] = True
+        if port.af_xdp:
+            state |= channels.desired(
+                name, port, present, port_id, None if facts.detached else nic, facts.af_xdp
+            )
+            flags |= SOCKETS if running and port.af_xdp.mode == "hardware" else 0
     record = PortRecord(
         name=name,
         queue=queue.id if queue else 0,
@@ -561,7 +584,7 @@ def _port(
         name=name,
         port_id=port_id,
         state=status,
-        path="queue" if running and here else "bridge",
+        path="bridge" if not (running and here) else "af_xdp" if port.af_xdp else "queue",
         nic=nic,
         queue=queue if nic else None,
         reason=reason,
@@ -615,6 +638,8 @@ def _port_obstacle(
         return ("failed", facts.failed[name])
     if link is None:
         return ("waiting", f"there is no device {port.device} yet")
+    if port.af_xdp and link.ifindex and link.name not in facts.own:
+        return ("failed", f"there is a device {link.name} already, and it is not ours: rename it")
     if link.master_name is not None and link.master_name not in facts.own:
         return (
             "failed",
@@ -642,6 +667,7 @@ _ORDER: tuple[type[Resource], ...] = (
     Bridge,
     Conduit,
     HostPair,
+    Channel,
     Ipv6Disabled,
     Feature,
     PeerFeature,
@@ -663,6 +689,7 @@ _ORDER: tuple[type[Resource], ...] = (
     Carried,
     Uplink,
     QueueCpu,
+    NicSockets,
     PortSlot,
     Filter,
 )
@@ -680,6 +707,7 @@ def difference(observed: State, desired: State, originals: State) -> tuple[Chang
     What is no longer desired is removed if it is ours, and given its original value if it
     is a setting of somebody's device.
     """
+    observed = _without_left_bridges(observed, desired)
     unset, put = [], []
     for resource, value in desired.items():
         if observed.get(resource) != value:
@@ -705,6 +733,20 @@ def difference(observed: State, desired: State, originals: State) -> tuple[Chang
     unset = [_after_stop(change) for change in unset if change not in idle]
     put = [_after_stop(change) for change in put]
     return tuple(change for change in (*stops, *unset, *put, *idle) if change.before != change.after)
+
+
+def _without_left_bridges(observed: State, desired: State) -> State:
+    """``observed`` less what a device that moves to another bridge has at its old one: it starts anew."""
+    movers = {
+        resource.ifindex
+        for resource, value in desired.items()
+        if isinstance(resource, Master) and observed.get(resource) != value
+    }
+    return {
+        resource: value
+        for resource, value in observed.items()
+        if not (isinstance(resource, (BridgePort, BridgeVlans)) and resource.ifindex in movers)
+    }
 
 
 def _place(change: Change, carrying: Collection[int]) -> int:
@@ -744,7 +786,7 @@ def _stopped(record: PortRecord) -> PortRecord:
 
 def without_fast_path(observed: State) -> dict[Resource, Value]:
     """What ``offload detach`` leaves: the switches as they are, nothing of XDP and nothing past a bridge."""
-    gone = (Uplink, QueueCpu, Filter, Feature, PeerFeature)
+    gone = (Uplink, QueueCpu, Filter, NicSockets, Feature, PeerFeature)
     state: dict[Resource, Value] = {
         resource: value for resource, value in observed.items() if not isinstance(resource, gone)
     }

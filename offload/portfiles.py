@@ -43,7 +43,7 @@ def save(paths: Paths, before: Mapping[str, PortFile], after: Mapping[str, PortF
     for name, entry in after.items():
         if before.get(name) != entry:
             file = _file(paths, name, entry)
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
             draft = file.with_suffix(".new")
             draft.write_text(dump(entry.port))
             draft.replace(file)

@@ -15,7 +15,18 @@ from .config import Config
 from .describe import describe
 from .errors import OffloadError, VerifyError
 from .journal import Journal
-from .model import Bridge, Change, Conduit, DeviceResource, HostPair, Resource, State, Station, Value
+from .model import (
+    Bridge,
+    Change,
+    Channel,
+    Conduit,
+    DeviceResource,
+    HostPair,
+    Resource,
+    State,
+    Station,
+    Value,
+)
 from .plan import SETTINGS, Desired, Facts, desire, difference, without_fast_path
 
 log = logging.getLogger(__name__)
@@ -156,7 +167,8 @@ class Reconciler:
             change.resource: change.before
             for change in changes
             if change.resource in wanted
-            and isinstance(change.resource, (*SETTINGS, Bridge, Conduit, HostPair))
+            and isinstance(change.resource, (*SETTINGS, Bridge, Conduit, HostPair, Channel))
+            and getattr(change.resource, "ifindex", None) != 0  # still to be made: it has no settings yet
         }
         untouched = settings.keys() - self._journal.originals().keys()
         self._journal.record_all(settings)

@@ -12,6 +12,7 @@ from .config import Config, PortConfig, vid_ranges
 from .model import Filter, Link, StationRow, StationState
 from .plan import Desired, PortDecision
 from .views import (
+    AfXdp,
     CounterPath,
     Counters,
     Counts,
@@ -43,6 +44,15 @@ class HeardAddress:
 
 
 @dataclass(frozen=True)
+class ChannelReading:
+    """An AF_XDP port. ``no_consumer``: frames that nobody took; ``lost``: that found no room in a socket."""
+
+    shown: AfXdp
+    no_consumer: int
+    lost: int
+
+
+@dataclass(frozen=True)
 class Reading:
     """Counters of one moment.
 
@@ -52,7 +62,8 @@ class Reading:
     by port id. ``programs`` is digest, tag and run time in seconds by NIC; ``filters`` their number.
     ``heard`` has a port's addresses by port id and MAC, ``moves`` how often they went to the wire in
     all, by port id. ``untagged`` is the VID of a bridge's untagged frames, by switch; ``host_addresses``
-    are those that the host has now, by interface. ``bridges`` are the Python bridges, by switch.
+    are those that the host has now, by interface. ``bridges`` are the Python bridges, by switch, and
+    ``channels`` what there is to know of AF_XDP ports, by port.
     """
 
     links: Mapping[str, Link] = field(default_factory=dict)
@@ -68,6 +79,7 @@ class Reading:
     untagged: Mapping[str, int] = field(default_factory=dict)
     host_addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bridges: Mapping[str, PythonBridgeView] = field(default_factory=dict)
+    channels: Mapping[str, ChannelReading] = field(default_factory=dict)
 
 
 def heard_addresses(
@@ -140,7 +152,7 @@ def _port(
     return PortView(
         name=name,
         switch=port.switch,
-        device=port.device,
+        device=None if port.af_xdp else port.device,
         mac=list(port.mac),
         vlan=None if port.vlan.vids == (0,) else str(port.vlan),
         weight=port.weight,
@@ -151,7 +163,7 @@ def _port(
         queue=PortQueue(id=queue.id, kind="software", cpu=queue.cpu, state=_queue_state(decision))
         if queue
         else None,
-        af_xdp=None,
+        af_xdp=channel.shown if (channel := reading.channels.get(name)) else None,
         reason=decision.reason,
         stations=[
             StationView(mac=mac, state=heard[mac].state, moves=heard[mac].moves)
@@ -159,14 +171,14 @@ def _port(
             if mac in heard
         ],
         moves=reading.moves.get(decision.port_id, 0),
-        counters=_port_counters(port, config.switches[port.switch].uplink, decision, reading),
+        counters=_port_counters(name, port, config.switches[port.switch].uplink, decision, reading),
     )
 
 
 def _queue_state(decision: PortDecision) -> QueueState:
     """Running while frames go through it; set while its device is away; paused while that is down."""
     match decision.state:
-        case "active" if decision.path == "queue":
+        case "active" if decision.path != "bridge":
             return "running"
         case "active":
             return "allocated"
@@ -205,7 +217,7 @@ def _rx_by_tc(counters: Mapping[str, Any]) -> dict[CounterPath, Traffic]:
 
 
 def _port_counters(
-    port: PortConfig, uplink: str | None, decision: PortDecision, reading: Reading
+    name: str, port: PortConfig, uplink: str | None, decision: PortDecision, reading: Reading
 ) -> Counters:
     counters = reading.ports.get(decision.port_id)
     link = reading.links.get(port.device or "")
@@ -214,12 +226,16 @@ def _port_counters(
     drops: dict[str, int] = {}
     if counters:
         if uplink:
-            rx["queue"] = _sum(counters["direct"], counters["handed"])
+            way: CounterPath = "af_xdp" if port.af_xdp else "queue"
+            rx[way] = _sum(counters["socket"], counters["direct"], counters["handed"])
         rx |= _rx_by_tc(counters)
         tx = _tx(counters, uplink)
         drops = _switch_drops(counters) | {"ring_full": reading.lost.get(decision.port_id, 0)}
     if link:
         drops["device_full"] = link.tx_dropped
+    if channel := reading.channels.get(name):
+        drops["no_consumer"] = channel.no_consumer
+        drops["ring_full"] = drops.get("ring_full", 0) + channel.lost
     return Counters(rx=rx, tx=tx, drops={reason: number for reason, number in drops.items() if number})
 
 
@@ -246,7 +262,8 @@ def _queues(nic: str, desired: Desired, reading: Reading) -> Iterable[QueueView]
         if not decision.queue:
             continue
         counters = reading.ports.get(decision.port_id)
-        sorted_in = _sum(counters["direct"], counters["queued"]) if counters else Traffic(packets=0, bytes=0)
+        ways = [counters[way] for way in ("socket", "direct", "queued")] if counters else []
+        sorted_in = _sum(*ways)
         drops = {"ring_full": reading.lost.get(decision.port_id, 0)}
         if counters:
             drops["vlan"] = counters["vlan_nic"] + counters["vlan_queue"]

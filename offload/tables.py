@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offload.views import (
+    AfXdpChannel,
     CounterPath,
     HostView,
     NetworkView,
@@ -142,7 +143,7 @@ def ports(views: Iterable[PortView]) -> None:
             (
                 view.name,
                 view.switch,
-                _or_dash(view.device),
+                _end(view),
                 ", ".join(view.mac) or "-",
                 _or_dash(view.vlan),
                 view.state,
@@ -179,6 +180,19 @@ def queues(views: Iterable[QueueView]) -> None:
             for view in views
         ),
     )
+
+
+def _end(view: PortView) -> str:
+    """A port's device, or its channels: ``AF_XDP (eth1/0 zero copy, eth1/1 zero copy, xsk0/0 copy)``."""
+    if view.af_xdp is None:
+        return view.device or "AF_XDP (not there)"
+    return f"AF_XDP ({', '.join(map(_channel, view.af_xdp.channels))})"
+
+
+def _channel(channel: AfXdpChannel) -> str:
+    how = {True: "zero copy", False: "copy", None: "copy or not"}[channel.zero_copy]
+    told = how if channel.consumer else "no consumer"
+    return f"{channel.ifname}/{channel.queue} {told}"
 
 
 def _bridge(view: SwitchView) -> str:

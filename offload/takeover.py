@@ -47,7 +47,7 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class HostNetwork:
-    """What the host has on the uplinks.
+    """What the host has on the uplinks that are new or that it shares with a switch.
 
     ``carried`` are its addresses there, ``routes`` the routes through them that somebody made,
     both in the kernel's order. ``unmovable`` tells by NIC what cannot be moved.

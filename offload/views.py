@@ -47,6 +47,7 @@ class Counters(View):
     rx: dict[CounterPath, Traffic] = Field(
         description="Frames towards the VM, by the path that carried them: queue: XDP, from the wire. "
         "local: handed over past the bridge, from another port or the host. bridge: the default path. "
+        "af_xdp: XDP, from the wire, into the port's sockets on its NIC's queues or its software channel. "
         "A path that this port cannot take is left out."
     )
     tx: dict[CounterPath, Traffic] = Field(
@@ -84,16 +85,32 @@ class AfXdpChannel(View):
     kind: QueueKind = Field(description="Whether the NIC or XDP fills this channel.")
     ifname: str = Field(description="The device that the socket binds.")
     queue: NonNegativeInt = Field(description="The RX queue of that device.")
-    zero_copy: bool = Field(description="Whether zero copy is in force, as read back from the socket.")
+    zero_copy: bool | None = Field(
+        description="Whether zero copy is in force, as read back from the kernel, which copies on every "
+        "veth; null: no socket is bound, or this kernel lists none."
+    )
     map_path: str = Field(description="The pinned XSKMAP that the consumer puts its socket into.")
     map_index: NonNegativeInt = Field(description="The slot of that map.")
-    consumer: str | None = Field(description="Who holds the socket; null: nobody.")
+    consumer: str | None = Field(
+        description="Who has put a socket into the map: its user, or `present` where this kernel does not "
+        "tell; null: nobody."
+    )
+    lost: dict[str, NonNegativeInt] = Field(
+        description="Frames that the kernel lost on this channel's socket, by ring: rx (it was full), fill "
+        "(it was empty), unfit (too long for a chunk). Empty where the kernel does not tell."
+    )
 
 
 class AfXdp(View):
     """How a port is reached through AF_XDP instead of a device."""
 
     channels: list[AfXdpChannel] = Field(description="The channels of the port, the first one preferred.")
+    namespace: str = Field(description="The network namespace of the software channel's device.")
+    hand_over: str = Field(description="The unix socket at which its consumer gets maps and sockets.")
+    handed: dict[QueueKind, NonNegativeInt] = Field(
+        description="Frames given to a socket, by the kind of its channel: on the NIC's queues, and at the "
+        "software channel. What a socket had no room for is among them, and in the port's drops as ring_full."
+    )
 
 
 class StationView(View):

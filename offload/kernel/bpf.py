@@ -55,8 +55,10 @@ class MapType(IntEnum):
     ARRAY = 2
     PERCPU_HASH = 5
     PERCPU_ARRAY = 6
+    ARRAY_OF_MAPS = 12
     DEVMAP = 14
     CPUMAP = 16
+    XSKMAP = 17
     RINGBUF = 27
 
 
@@ -280,9 +282,16 @@ class Map(_Handle):
     """A BPF map. Keys and values are bytes in the host's byte order, as the C structs have them."""
 
     @classmethod
-    def create(cls, name: str, spec: MapSpec, max_entries: int | None = None) -> Self:
-        """A new map as the C source declares it, with other ``max_entries`` where given."""
+    def create(
+        cls, name: str, spec: MapSpec, max_entries: int | None = None, inner: Map | None = None
+    ) -> Self:
+        """A new map as the C source declares it, with other ``max_entries`` where given.
+
+        ``inner`` is one like those that a map of maps is to hold.
+        """
         options = _MapOptions(sz=ct.sizeof(_MapOptions), map_flags=spec.flags)
+        if inner:
+            options.inner_map_fd = inner.fd
         entries = max_entries or spec.max_entries
         label = name[:_OBJECT_NAME].encode()
         sizes = (spec.key_size, spec.value_size, entries)
@@ -318,18 +327,6 @@ class Map(_Handle):
         result = _libbpf().bpf_map_delete_elem(self.fd, key)
         if result < 0 and result != -errno.ENOENT:
             raise _error(-result, "delete from a map")
-
-    def all_keys(self) -> list[bytes]:
-        """Every key that is in the map. For arrays, that is every index."""
-        found: list[bytes] = []
-        following = ct.create_string_buffer(self.shape().key_size)
-        key = None
-        while (result := _libbpf().bpf_map_get_next_key(self.fd, key, following)) == 0:
-            key = following.raw
-            found.append(key)
-        if result != -errno.ENOENT:
-            raise _error(-result, "list a map's keys")
-        return found
 
     def items(self) -> list[tuple[bytes, bytes]]:
         """Every key of a hash map with its value, in a few system calls. Not for per-CPU maps.
@@ -450,9 +447,19 @@ class Program(_Handle):
 
     @classmethod
     def load(
-        cls, name: str, spec: ProgramSpec, maps: Mapping[str, Map], attach: AttachType, *, frags: bool
+        cls,
+        name: str,
+        spec: ProgramSpec,
+        maps: Mapping[str, Map],
+        attach: AttachType,
+        *,
+        frags: bool,
+        types: tuple[bytes, bytes] | None = None,
     ) -> Self:
-        """Load into the kernel. A refusal by the verifier shows its log beside our source lines."""
+        """Load into the kernel. A refusal by the verifier shows its log beside our source lines.
+
+        ``types``: BTF, and one ``struct bpf_func_info``, for a program of one function.
+        """
         code = bytearray(spec.instructions)
         for index, map_name in spec.maps.items():
             at = index * INSN_BYTES + 4
@@ -462,6 +469,12 @@ class Program(_Handle):
             expected_attach_type=attach,
             prog_flags=F_XDP_HAS_FRAGS if frags else 0,
         )
+        if types:
+            btf, function = types
+            options.prog_btf_fd = _call("bpf_btf_load", btf, ct.c_size_t(len(btf)), None, doing="load BTF")
+            held = ct.create_string_buffer(function, len(function))
+            options.func_info, options.func_info_cnt = ct.addressof(held), 1
+            options.func_info_rec_size = len(function)
         label = name[:_OBJECT_NAME].encode()
         instructions = (ct.c_char * len(code)).from_buffer(code)
         arguments = (spec.type, label, b"GPL", instructions, ct.c_size_t(len(code) // INSN_BYTES))
@@ -471,6 +484,8 @@ class Program(_Handle):
             options.log_level, options.log_size = 1, _LOG_BYTES
             options.log_buf = ct.cast(log, ct.c_char_p)
             result = _libbpf().bpf_prog_load(*arguments, ct.byref(options))
+        if types:
+            os.close(options.prog_btf_fd)
         if result < 0:
             told = _with_source(log.value.decode(errors="replace"), spec.lines)
             if not told or result == -errno.EPERM:

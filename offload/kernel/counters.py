@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from ..bridge import state
-from ..config import Config
+from ..channels import INNER
+from ..config import Config, PortConfig
 from ..errors import OffloadError
 from ..model import Link, PortRecord, PortSlot
 from ..plan import RING_SIZE, Desired
-from ..report import HeardAddress, Reading, heard_addresses, python_bridge, silent_bridge
-from ..views import PythonBridgeView
+from ..report import (
+    ChannelReading,
+    HeardAddress,
+    Reading,
+    heard_addresses,
+    python_bridge,
+    silent_bridge,
+)
+from ..views import AfXdp, AfXdpChannel, PythonBridgeView
+from .channels import Channels
+from .netns import OWN_NETNS
+from .sockets import user_name
 from .system import System
+from .xskdiag import listed
 
 _PATIENCE = 0.05
 """Seconds to wait for the queues' CPUs to be done with what was sent to them."""
@@ -27,6 +39,7 @@ class Meter:
         self._system = system
         self._lost: dict[tuple[int, str], int] = {}
         self._moves: dict[tuple[int, str], _Growing] = {}
+        self._xsk_lost: dict[tuple[str, str, int], _Growing] = {}
 
     def read(self, config: Config, desired: Desired) -> Reading:
         """The counters now. Takes up to 50 ms longer while frames are on their way between CPUs.
@@ -75,7 +88,54 @@ class Meter:
                 for name, switch in config.switches.items()
                 if switch.bridge == "python"
             },
+            channels={
+                name: self._channels(
+                    name,
+                    port,
+                    config.switches[port.switch].uplink,
+                    links,
+                    second[desired.ports[name].port_id]["socket"]["packets"],
+                )
+                for name, port in config.ports.items()
+                if port.af_xdp
+                and port.device in links
+                and (self._system.channels.pins(name) / "link").exists()
+            },
         )
+
+    def _channels(
+        self, name: str, port: PortConfig, uplink: str | None, links: Mapping[str, Link], on_nic: int
+    ) -> ChannelReading:
+        """The channels of an AF_XDP port whose device is there; ``on_nic`` went to sockets of its NIC."""
+        channels, paths = self._system.channels, self._system.paths
+        inner = channels.inner(links[port.device or ""])
+        seen = channels.counters(name)
+        shown = [_shown(channels, name, "xsks", INNER, inner.ifindex, 0, channels.namespace(name))]
+        nic = links.get(uplink or "")
+        if nic and channels.owner(name, "nic_sockets") is not None:
+            queues = range(self._system.rx_queues(nic))
+            shown = [
+                *(_shown(channels, name, "nic_sockets", nic.name, nic.ifindex, queue) for queue in queues),
+                *shown,
+            ]
+        return ChannelReading(
+            shown=AfXdp(
+                channels=shown,
+                namespace=str(paths.namespace(name)),
+                hand_over=str(paths.hand_over(name)),
+                handed={"hardware": on_nic, "software": seen["handed"]["packets"]},
+            ),
+            no_consumer=seen["no_consumer"]["packets"],
+            # At the inner end, a veth, the device counts what a socket had no room for.
+            lost=inner.rx_dropped + sum(self._lost_on_nic(name, one) for one in shown),
+        )
+
+    def _lost_on_nic(self, port: str, channel: AfXdpChannel) -> int:
+        """What was lost on a NIC's queue, with what was before on sockets that have been closed."""
+        if channel.kind == "software":
+            return 0
+        growing = self._xsk_lost.setdefault((port, channel.ifname, channel.queue), _Growing())
+        return growing.read(sum(channel.lost.values()))
 
     def _moved(self, port_id: int, name: str, heard: Mapping[int, Mapping[str, HeardAddress]]) -> int:
         """How often addresses of a port went to the wire, those of devices that have gone included."""
@@ -113,6 +173,24 @@ def _python_bridge(run_dir: Path, switch: str) -> PythonBridgeView:
         return silent_bridge("it has not written its counters yet")
     except OffloadError as error:
         return silent_bridge(str(error))
+
+
+def _shown(
+    channels: Channels, port: str, sockets: str, device: str, ifindex: int, queue: int, netns: str = OWN_NETNS
+) -> AfXdpChannel:
+    bound = next((one for one in listed(netns) or () if (one.ifindex, one.queue) == (ifindex, queue)), None)
+    taken = channels.has_consumer(port, sockets, queue)
+    hardware = sockets == "nic_sockets"
+    return AfXdpChannel(
+        kind="hardware" if hardware else "software",
+        ifname=device,
+        queue=queue,
+        zero_copy=bound.zero_copy if bound else None if hardware else False,
+        map_path=str(channels.pins(port) / sockets),
+        map_index=queue,
+        consumer=None if not taken else user_name(bound.uid) if bound else "present",
+        lost={"rx": bound.rx_full, "fill": bound.fill_empty, "unfit": bound.unfit} if bound else {},
+    )
 
 
 class _Growing:

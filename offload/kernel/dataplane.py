@@ -2,15 +2,16 @@
 
 The kernel holds the state and the pins keep it; this module only opens, reads and changes
 it, so a restarted daemon, or ``offload detach`` without one, finds everything by
-looking. Below ``PIN_DIR/v2``::
+looking. Below ``PIN_DIR/v3``::
 
     netns                                              the network namespace that it is of
-    maps/{ports,devices,port_counters,names}           for all NICs and switches
+    maps/{ports,devices,sockets,port_counters,names}   for all NICs and switches
     maps/{ends,members,networks,stations,trunks,news,network_names}    for all switches
     nics/IFINDEX/{classifier,cpus,nic_counters}        per NIC
     nics/IFINDEX/{uplink_program,queue_program}        as attached
     nics/IFINDEX/uplink                                the XDP link
     members/IFINDEX/SIDE-PROGRAM-DIGEST                a tcx link on a switch's device
+    xsk/PORT/…                                         of an AF_XDP port: see channels.py
 
 A frame's way through them is told in ``bpf/vmq.c`` and ``bpf/switch.c``.
 """
@@ -51,7 +52,9 @@ from .service import claimed
 from .tc import PROGRAMS, TcPrograms
 
 MAX_PORTS = 16_384
-"""Ports of one instance, over all switches. Costs 216 bytes of counters per port and CPU."""
+"""Ports of one instance, over all switches. Costs 232 bytes of counters per port and CPU."""
+MAX_NIC_QUEUES = 128
+"""RX queues of a NIC that an AF_XDP port can have sockets on."""
 MAX_NETWORKS = 1_024
 """Switches of one instance."""
 MAX_STATIONS = 1 << 17
@@ -75,7 +78,7 @@ SWITCH_DEFINES = {
 }
 _NAME_BYTES = 64
 _NAMES = {"names": MAX_PORTS, "network_names": MAX_NETWORKS}  # for the controller only
-_SHARED = ("ports", "devices", "port_counters")
+_SHARED = ("ports", "devices", "sockets", "port_counters")
 _SWITCH = ("ends", "members", "networks", "stations", "trunks", "news")
 _PER_NIC = ("classifier", "cpus", "nic_counters")
 _U32 = struct.Struct("=I")
@@ -219,7 +222,7 @@ class Dataplane:
         try:
             opened = Map.pinned(pin)
         except FileNotFoundError:
-            opened = Map.create(name, spec, max_entries)
+            opened = self._create(name, spec, max_entries)
             if self._keep:
                 opened.pin(pin)
             return opened
@@ -232,6 +235,12 @@ class Dataplane:
                 "run `offload detach --all` with the version that made it, then start again"
             )
         return opened
+
+    def _create(self, name: str, spec: MapSpec, max_entries: int | None) -> Map:
+        if spec.type != MapType.ARRAY_OF_MAPS:
+            return Map.create(name, spec, max_entries)
+        with self.new_nic_sockets() as like:
+            return Map.create(name, spec, max_entries, like)
 
     def _open_nic(self, directory: Path) -> NicObjects:
         maps = {
@@ -431,6 +440,25 @@ class Dataplane:
         # The one with the flags comes last, so that a port runs only when the rest is there.
         for index, (word,) in reversed(list(enumerate(struct.iter_unpack("=Q", row)))):
             words[first + index] = word
+
+    # Sockets on NICs' queues
+
+    def new_nic_sockets(self) -> Map:
+        """A map for the sockets of one port on its NIC, by RX queue; not pinned, and no port's yet."""
+        return Map.create("nic_sockets", self.vmq.maps["nic_sockets"])
+
+    def nic_sockets(self, port_id: int) -> int | None:
+        """The kernel's id of the map of a port's sockets on its NIC, ``None`` when it has none."""
+        found = self._maps["sockets"].lookup(_U32.pack(port_id), _U32.size)
+        return _U32.unpack(found)[0] if found else None
+
+    def set_nic_sockets(self, port_id: int, sockets: Map | None) -> None:
+        """Let the program on the NIC try these sockets before the port's device."""
+        key = _U32.pack(port_id)
+        if sockets is None:
+            self._maps["sockets"].delete(key)
+        else:
+            self._maps["sockets"].update(key, _U32.pack(sockets.fd))
 
     # Filters
 
@@ -648,7 +676,7 @@ class Dataplane:
 
 def _defines() -> dict[str, int]:
     # cpumaps cannot be larger than the kernel's NR_CPUS: their size is set when they are made.
-    return {"MAX_PORTS": MAX_PORTS, "MAX_CPUS": 1, "QUEUE_CPUS": 1}
+    return {"MAX_PORTS": MAX_PORTS, "MAX_CPUS": 1, "MAX_NIC_QUEUES": MAX_NIC_QUEUES, "QUEUE_CPUS": 1}
 
 
 def _end_link(pin: Path) -> None:

@@ -100,9 +100,12 @@ class HostNet(Closing):
         confirmed: Iterable[Confirmation] = (),
         may_take: bool = False,
     ) -> HostNetwork:
-        """What the host has on ``nics``, beside what the journal says was taken from them."""
-        carried = self._carried(nics)
-        routes, unmovable = self._movable(nics, carried)
+        """What the host has on ``nics``, beside what the journal says was taken from them.
+
+        The kernel lists all addresses and routes of the host for it; without ``nics`` it is not asked.
+        """
+        carried = self._carried(nics) if nics else {}
+        routes, unmovable = self._movable(nics, carried) if nics else ({}, {})
         return HostNetwork(
             carried={resource: how.as_value() for resource, how in carried.items()},
             routes={route: target.as_value() for route, target in routes.items()},

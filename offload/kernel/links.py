@@ -97,6 +97,9 @@ _NESTED = 1 << 15  # NLA_F_NESTED
 _BOND_MODE, _BOND_XMIT_HASH_POLICY = 1, 14  # IFLA_BOND_… of include/uapi/linux/if_link.h
 _SO_RCVBUFFORCE = 33  # include/uapi/asm-generic/socket.h
 
+PortVlans = tuple[int, tuple[int, ...]]
+"""VIDs of a bridge's port: the untagged one or 0, and the tagged ones."""
+
 
 class Links(Closing):
     """The devices of the current network namespace, or of the one behind the path ``netns``.
@@ -192,8 +195,8 @@ class Links(Closing):
             if state in states and _NDA["NDA_MASTER"] in values:
                 yield index, _mac(values[_NDA["NDA_LLADDR"]]), number(values.get(_NDA["NDA_VLAN"], b""))
 
-    def bridge_vlans(self) -> dict[int, tuple[int, tuple[int, ...]]]:
-        """VIDs of every port of a bridge that filters VLANs: (untagged one or 0, tagged ones), by ifindex."""
+    def bridge_vlans(self) -> dict[int, PortVlans]:
+        """VIDs of every port of a bridge that filters VLANs, by ifindex."""
         request = _message(ifinfmsg, ("IFLA_EXT_MASK", _BRVLAN_COMPRESSED), family=socket.AF_BRIDGE)
         with explained("bridges", "list their VLANs"):
             dump = self._route.dump(RTM_GETLINK, request)
@@ -205,14 +208,15 @@ class Links(Closing):
                 found[index] = _vlans(values.get(_IFLA["IFLA_AF_SPEC"], b""))
         return found
 
-    def set_bridge_vlans(self, ifindex: int, untagged: int, tagged: Collection[int]) -> None:
-        """Give a bridge's port exactly these VIDs. What stays is not touched."""
-        before, tagged_before = self.bridge_vlans().get(ifindex, (0, ()))
-        gone = {before, *tagged_before} - {untagged, *tagged} - {0}
+    def set_bridge_vlans(self, ifindex: int, before: PortVlans, after: PortVlans) -> None:
+        """Change the VIDs that a bridge's port has. What stays is not touched."""
+        untagged_before, tagged_before = before
+        untagged, tagged = after
+        gone = {untagged_before, *tagged_before} - {untagged, *tagged} - {0}
         come = set(tagged) - set(tagged_before)
         if come:
             self._vlan_message(ifindex, RTM_SETLINK, "add VLANs at the bridge", _runs(come, 0))
-        if untagged and untagged != before:
+        if untagged and untagged != untagged_before:
             flags = _VLAN_PVID | _VLAN_UNTAGGED
             self._vlan_message(ifindex, RTM_SETLINK, "set its untagged VLAN", _runs({untagged}, flags))
         if gone:
@@ -223,9 +227,21 @@ class Links(Closing):
         spec = struct.pack("=HH", 4 + len(infos), _IFLA["IFLA_AF_SPEC"] | _NESTED) + infos
         self._change_port(ifindex, doing, kind, 0, request, spec)
 
-    def create_veth(self, name: str, inner: str, alias: str, mac: str | None = None, mtu: int = 1500) -> None:
-        """Make a pair of ours, both ends down; ``mac`` is of the end ``name``, ``None`` for a random one."""
-        peer = {"attrs": [("IFLA_IFNAME", inner), ("IFLA_MTU", mtu)]}
+    def create_veth(
+        self,
+        name: str,
+        inner: str,
+        alias: str,
+        mac: str | None = None,
+        mtu: int = 1500,
+        netns: str | None = None,
+    ) -> None:
+        """Make a pair of ours, both ends down; ``mac`` is of the end ``name``, ``None`` for a random one.
+
+        ``netns`` is the path of the namespace that the end ``inner`` shall be in, if it is another one.
+        """
+        elsewhere = [("IFLA_NET_NS_FD", netns)] if netns else []
+        peer = {"attrs": [("IFLA_IFNAME", inner), ("IFLA_MTU", mtu), *elsewhere]}
         info = [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]
         attrs: list[tuple[str, object]] = [
             ("IFLA_IFNAME", name),
@@ -238,7 +254,7 @@ class Links(Closing):
             self._route.change(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, _message(ifinfmsg, *attrs))
         ifindex = self.ifindex(name)
         try:
-            for end in (ifindex, self.ifindex(inner)):
+            for end in (ifindex, *([] if netns else [self.ifindex(inner)])):
                 self._set(end, "give it an alias", ("IFLA_IFALIAS", alias))
         except BaseException:
             self.delete_link(ifindex)
@@ -538,7 +554,7 @@ def _filtering(info: Attributes) -> bool:
     return bool(number(values.get(_BR["IFLA_BR_VLAN_FILTERING"], b"")))
 
 
-def _vlans(spec: bytes) -> tuple[int, tuple[int, ...]]:
+def _vlans(spec: bytes) -> PortVlans:
     """The untagged VID and the tagged ones of a port, from its IFLA_AF_SPEC."""
     tagged: list[int] = []
     untagged, begin = 0, 0

@@ -16,7 +16,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
 
-from ..config import Config, conduit_inner, host_inner
+from .. import channels as af_xdp
+from ..config import Config, channel_outer, conduit_inner, host_inner
 from ..errors import KernelError, OffloadError, PrivilegeError, UnsupportedError
 from ..model import (
     Address,
@@ -26,6 +27,7 @@ from ..model import (
     BridgeVlans,
     Carried,
     Change,
+    Channel,
     Conduit,
     DeviceResource,
     Fdb,
@@ -40,6 +42,7 @@ from ..model import (
     MemberRow,
     Network,
     NetworkRow,
+    NicSockets,
     PeerFeature,
     PortRecord,
     PortSlot,
@@ -62,13 +65,16 @@ from ..plan import RUNNING, TAG_IN_FRAME, Facts
 from ..takeovers import confirmed
 from . import host
 from .bonds import read_bond
+from .bpf import Map
+from .channels import Channels
 from .dataplane import Dataplane, grace_period
 from .ethtool import Ethtool, Peers
 from .hostnet import HostNet
-from .links import LinkEvents, Links
+from .links import LinkEvents, Links, PortVlans
 from .managers import managers
 from .netdev import redirects_frags
 from .pybridge import rosters, running, start, stop, write_roster
+from .sockets import takes_frags, user, zero_copy
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +101,7 @@ class System:
         self._stopped = False
         self._filtering: bool | None = None
         self._stations: Mapping[tuple[int, str, int], StationRow] = {}
+        self._zero_copy: dict[int, bool] = {}
 
     def __enter__(self) -> Self:
         if platform.machine() != "x86_64":
@@ -111,6 +118,7 @@ class System:
             self.dataplane = stack.enter_context(
                 Dataplane(self.paths.objects, self.paths.cache, keep=self._keep)
             )
+            self.channels = Channels(self.paths, self.links, self.alias)
             self._stack = stack.pop_all()
         return self
 
@@ -126,6 +134,13 @@ class System:
     def driver(self, name: str) -> str:
         """The name of a device's driver, as ethtool shows it."""
         return self._ethtool.driver(name)
+
+    def rx_queues(self, nic: Link) -> int:
+        """RX queues of a device that are in use."""
+        try:
+            return self._ethtool.channels(nic.name).rx_queues
+        except UnsupportedError:
+            return nic.rx_queues  # its driver cannot change their number
 
     # Facts
 
@@ -149,7 +164,7 @@ class System:
         self._stations = self.dataplane.stations()
         shared = {switch.uplink for switch in config.switches.values() if switch.host}
         new = [nic for nic in uplinks if nic and links[nic].ifindex not in members]
-        devices = [port.device for port in config.ports.values() if port.device]
+        devices = [port.device for port in config.ports.values() if port.device and not port.af_xdp]
         return Facts(
             links=links,
             online_cpus=host.online_cpus(),
@@ -159,7 +174,7 @@ class System:
             switch_digest=self.dataplane.switch_digest,
             detached=detached,
             own=self._own(links, originals),
-            members=frozenset(members),
+            members=members,
             networks={row.name: number for number, row in self.dataplane.networks().items()},
             stations=self._stations,
             programs=self.dataplane.program_ids(),
@@ -178,10 +193,37 @@ class System:
                 if nic and (bond := read_bond(links[nic], links, self.links, self._ethtool))
             },
             host=self.hostnet.read(
-                [links[nic] for nic in uplinks if nic], originals, confirmed(self.paths.takeovers), may_take
+                # What is on any other NIC decides nothing, and a host may have very many routes.
+                [links[nic] for nic in uplinks if nic and (nic in shared or nic in new)],
+                originals,
+                confirmed(self.paths.takeovers),
+                may_take,
             ),
             failed=failed or {},
+            af_xdp=self._for_af_xdp(config, links),
         )
+
+    def _for_af_xdp(self, config: Config, links: Mapping[str, Link]) -> af_xdp.Host:
+        ports = {name: port.af_xdp for name, port in config.ports.items() if port.af_xdp}
+        if not ports:
+            return af_xdp.Host()
+        wanted = {
+            config.switches[config.ports[name].switch].uplink
+            for name, asked in ports.items()
+            if asked.zero_copy == "require"
+        }
+        return af_xdp.Host(
+            users={asked.owner.user: user(asked.owner.user) for asked in ports.values() if asked.owner},
+            zero_copy={nic: self._has_zero_copy(links[nic]) for nic in wanted if nic and nic in links},
+            takes_frags=takes_frags(),
+            digest=self.channels.digest,
+        )
+
+    def _has_zero_copy(self, nic: Link) -> bool:
+        """Asked once: where the kernel does not tell, trying resets the NIC."""
+        if nic.ifindex not in self._zero_copy:
+            self._zero_copy[nic.ifindex] = zero_copy(nic.name, nic.ifindex)
+        return self._zero_copy[nic.ifindex]
 
     def _vlan_filtering(self) -> bool:
         """Whether the kernel's bridge filters VLANs; that does not change while it runs."""
@@ -194,7 +236,7 @@ class System:
         recorded = {
             end
             for made in originals
-            if isinstance(made, (Bridge, Conduit, HostPair))
+            if isinstance(made, (Bridge, Conduit, HostPair, Channel))
             for end in (made.name, getattr(made, "inner", made.name))
         }
         return frozenset(
@@ -257,6 +299,9 @@ class System:
         # As the decision was made on them: a program may have changed a state since.
         for (number, mac, vid), station in facts.stations.items():
             state[Station(number, mac, vid)] = (station.port, station.ifindex, station.state)
+        for ifindex, (row, digest) in facts.members.items():
+            if ifindex in by_index:  # who only looks has not tidied up
+                state[Member(by_index[ifindex].name, ifindex)] = row.as_value(digest)
         self._observe_dataplane(state, by_index)
         for switch, entries in rosters(self.paths).items():
             state[Roster(switch)] = entries
@@ -273,6 +318,10 @@ class System:
 
     def _observe_devices(self, facts: Facts) -> Iterator[tuple[Resource, Value]]:
         """The bridges and veth pairs that we made."""
+        for port in self.channels.ports():
+            outer = facts.links.get(channel_outer(port))
+            if outer and outer.name in facts.own and (value := self.channels.read(port, outer)):
+                yield Channel(outer.name, port), value
         for name in facts.own:
             link = facts.links[name]
             if link.kind == "bridge":
@@ -281,7 +330,7 @@ class System:
                 (
                     end
                     for end in facts.links.values()
-                    if end.peer_ifindex == link.ifindex and link.kind == "veth"
+                    if end.peer_ifindex == link.ifindex and end.peer_netnsid is None and link.kind == "veth"
                 ),
                 None,
             )
@@ -294,9 +343,6 @@ class System:
 
     def _observe_dataplane(self, state: dict[Resource, Value], by_index: Mapping[int, Link]) -> None:
         plane = self.dataplane
-        for ifindex, (row, digest) in plane.members().items():
-            if ifindex in by_index:  # who only looks has not tidied up
-                state[Member(by_index[ifindex].name, ifindex)] = row.as_value(digest)
         for number, network in plane.networks().items():
             conduit = by_index.get(network.conduit)
             state[Network(number)] = (
@@ -317,6 +363,9 @@ class System:
                 state[Filter(link.name, ifindex, mac, vid)] = port_id
         for port_id, record in plane.ports().items():
             state[PortSlot(port_id)] = record.as_value()
+            owner = self.channels.owner(record.name, "nic_sockets")
+            if owner is not None and plane.nic_sockets(port_id):
+                state[NicSockets(record.name)] = (port_id, owner)
 
     def _observe_setting(self, state: dict[Resource, Value], resource: DeviceResource, link: Link) -> None:
         match resource:
@@ -348,7 +397,7 @@ class System:
 
     def _execute(self, change: Change) -> None:
         match change.resource:
-            case Bridge() | Conduit() | HostPair():
+            case Bridge() | Conduit() | HostPair() | Channel():
                 self._execute_device(change)
             case DeviceResource(device=device, ifindex=0):
                 # It has been made by an earlier change of the same plan.
@@ -360,8 +409,7 @@ class System:
                 learning, flood, group_forward = flags
                 self.links.set_bridge_port(ifindex, bool(learning), bool(flood), _int(group_forward))
             case BridgeVlans(_, ifindex):
-                untagged, tagged = change.after if isinstance(change.after, tuple) else (0, ())
-                self.links.set_bridge_vlans(ifindex, _int(untagged), _numbers(tagged))
+                self.links.set_bridge_vlans(ifindex, _vlans(change.before), _vlans(change.after))
             case Fdb(_, ifindex, mac, vid):
                 (self.links.add_fdb if change.after else self.links.del_fdb)(ifindex, mac, vid)
             case AdminUp(_, ifindex):
@@ -389,6 +437,11 @@ class System:
     def _execute_device(self, change: Change) -> None:
         """Make or delete a device of ours. What the host must not hear or say is silent from the start."""
         match change.resource, change.after:
+            case Channel(name, port), None:
+                self.channels.remove(name, port)
+            case Channel(name, port), (str(mac), int(mtu), int(uid), str()):
+                put = self.channels.make if change.before is None else self.channels.change
+                put(name, port, mac, mtu, uid)
             case ((Bridge(name) | Conduit(name) | HostPair(name)), None):
                 self.links.delete_link(_ifindex(name))
             case Bridge(name), kind:
@@ -430,6 +483,24 @@ class System:
             for end in (ifindex, inner_ifindex):
                 self.links.set_up(end, True)
 
+    def _set_nic_sockets(self, port: str, change: Change) -> None:
+        pin = self.channels.pins(port) / "nic_sockets"
+        before, after = change.before, change.after
+        if isinstance(before, tuple):
+            self.dataplane.set_nic_sockets(_int(before[0]), None)
+        if not isinstance(after, tuple):
+            for each in (pin, pin.with_name("nic_sockets_probe")):
+                each.unlink(missing_ok=True)
+            return
+        port_id, uid = _numbers(after)
+        if not pin.exists():
+            with self.dataplane.new_nic_sockets() as made:
+                made.pin(pin)
+        with Map.pinned(pin) as sockets:
+            self.dataplane.set_nic_sockets(port_id, sockets)
+        self.channels.watch(port, "nic_sockets")
+        self.channels.set_owner(port, uid, "nic_sockets")
+
     def _execute_dataplane(self, change: Change) -> None:
         plane, after = self.dataplane, change.after
         match change.resource:
@@ -456,6 +527,8 @@ class System:
                     plane.detach(ifindex)
             case QueueCpu(_, ifindex, cpu):
                 plane.set_queue_cpu(ifindex, cpu, None if after is None else _int(after))
+            case NicSockets(port):
+                self._set_nic_sockets(port, change)
             case PortSlot(port_id):
                 if self._filters_left and (after is None or change.before is None):
                     grace_period()  # a program may still hold a port id that its filter no longer gives
@@ -525,6 +598,11 @@ def _numbers(value: object) -> tuple[int, ...]:
     if not isinstance(value, tuple):
         raise TypeError(f"{value!r} is no tuple of numbers")
     return tuple(_int(item) for item in value)
+
+
+def _vlans(value: Value) -> PortVlans:
+    untagged, tagged = value if isinstance(value, tuple) else (0, ())
+    return _int(untagged), _numbers(tagged)
 
 
 def _refuse_mode_change(device: str, change: Change) -> None:

@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 from offload.classifier import Classifier, filter_key
 from offload.closing import Closing
 from offload.kernel.abi import Layout
-from offload.kernel.bpf import AttachType, Map, Program, possible_cpus
+from offload.kernel.bpf import AttachType, Map, MapType, Program, possible_cpus
 from offload.kernel.compile import Artifact, compiled
 from offload.kernel.dataplane import CPU_OF_NIC, grace_period
+from offload.xsk.bound import BoundSocket
+from offload.xsk.umem import Umem, UmemShape
 from tests.lab import Namespace
 
 MAX_PORTS = 64
-DEFINES = {"MAX_PORTS": MAX_PORTS, "MAX_CPUS": 1, "QUEUE_CPUS": 1}
+DEFINES = {"MAX_PORTS": MAX_PORTS, "MAX_CPUS": 1, "MAX_NIC_QUEUES": 4, "QUEUE_CPUS": 1}
 LOOPBACK = 1
 """The ifindex of ``lo`` in every namespace: a device for rows that only need one to be there."""
 
@@ -60,10 +62,13 @@ class _Objects(Closing):
         self._held.close()
 
     def _maps(self, artifact: Artifact, **entries: int) -> dict[str, Map]:
-        return {
-            name: self._held.enter_context(Map.create(name, spec, entries.get(name)))
-            for name, spec in artifact.maps.items()
-        }
+        made: dict[str, Map] = {}
+        of_maps = [name for name, spec in artifact.maps.items() if spec.type == MapType.ARRAY_OF_MAPS]
+        for name in [*(artifact.maps.keys() - of_maps), *of_maps]:
+            like = made["nic_sockets"] if name in of_maps else None
+            created = Map.create(name, artifact.maps[name], entries.get(name), like)
+            made[name] = self._held.enter_context(created)
+        return made
 
     def _load(
         self, artifact: Artifact, name: str, maps: dict[str, Map], attach: AttachType, frags: bool
@@ -99,6 +104,16 @@ class Vmq(_Objects):
         if ifindex:
             devices = self.maps["devices"]
             self._ns.call(lambda: devices.update(_U32.pack(port_id), _PAIR.pack(ifindex, 0)))
+
+    def own_sockets(self, port_id: int) -> None:
+        """Let a port have the sockets of the map ``nic_sockets``."""
+        self.maps["sockets"].update(_U32.pack(port_id), _U32.pack(self.maps["nic_sockets"].fd))
+
+    def put_socket(self, queue: int) -> None:
+        """A socket of ``lo``, whose queue 0 a test run plays, for one of the queues."""
+        umem = self._held.enter_context(Umem(UmemShape(frames=64)))
+        bound = self._ns.call(lambda: BoundSocket.bind(umem, "lo", copy="copy"))
+        self.maps["nic_sockets"].update(_U32.pack(queue), _U32.pack(self._held.enter_context(bound).fileno()))
 
     def serve(self, cpu: int) -> None:
         """Let ``cpu`` serve queues."""

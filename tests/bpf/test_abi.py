@@ -18,7 +18,8 @@ from offload.kernel.compile import Artifact, compiled, sources
 from tests.bpf.loaded import DEFINES, MAX_PORTS, XDP_PASS, XDP_REDIRECT, Vmq, flat
 from tests.lab import WIRE_MAC, tag, test_frame
 
-PATHS = ["direct", "queued", "handed", "returned", "bridged", "local", "tx_local", "tx_direct", "tx_bridge"]
+PATHS = ["socket", "direct", "queued", "handed", "returned", "bridged", "local"]
+PATHS += ["tx_local", "tx_direct", "tx_bridge"]
 DROPS = ["vlan_nic", "vlan_queue", "vlan_bridge", "vlan_sent", "spoofed", "guard_dhcp", "guard_ra"]
 REASONS = ["broadcast", "multicast", "no_filter", "malformed", "paused", "no_device", "no_cpu", "too_big"]
 
@@ -29,8 +30,9 @@ def tallies(*names: str) -> list[str]:
 
 LAYOUTS = {
     "ports": ("=IHHIHH", ["cpu", "pvid", "flags", "ifindex", "max_len", "queue"]),
-    "port_counters": ("=27Q", [*tallies(*PATHS), *DROPS, "link_local", "host"]),
+    "port_counters": ("=29Q", [*tallies(*PATHS), *DROPS, "link_local", "host"]),
     "nic_counters": ("=18Q", tallies(*REASONS, "frags")),
+    "channel_counters": ("=4Q", tallies("handed", "no_consumer")),
     "members": ("=IIHHHH", ["port", "network", "role", "flags", "pvid", "unused"]),
     "networks": ("=IIHHI", ["uplink", "conduit", "untagged", "flags", "unused"]),
     "stations": ("=IIIIQ", ["port", "ifindex", "state", "moves", "since"]),
@@ -45,7 +47,8 @@ def switch(cache: Path) -> Artifact:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_are_pinned(name: str, cache: Path) -> None:
     """A change here is a change of what is pinned: the pin directory's version must change with it."""
-    spec = {**switch(cache).maps, **compiled("vmq.c", DEFINES, cache).maps}[name]
+    channel = compiled("channel.c", {"MAX_CHANNEL_QUEUES": 1}, cache)
+    spec = {**switch(cache).maps, **compiled("vmq.c", DEFINES, cache).maps, **channel.maps}[name]
     pinned, fields = LAYOUTS[name]
     layout = Layout(spec.value)
     assert spec.value_size == layout.size == struct.calcsize(pinned)
@@ -77,7 +80,7 @@ def test_a_bucket_is_half_a_cache_line(cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ports", "port_counters"])
 def test_maps_of_both_files_are_alike(name: str, cache: Path) -> None:
-    vmq = compiled("vmq.c", {**dataplane.SWITCH_DEFINES, "MAX_CPUS": 1}, cache)
+    vmq = compiled("vmq.c", {**dataplane.SWITCH_DEFINES, "MAX_CPUS": 1, "MAX_NIC_QUEUES": 4}, cache)
     assert switch(cache).maps[name] == vmq.maps[name]
 
 
@@ -107,6 +110,7 @@ def test_port_flags_are_the_same() -> None:
         "PORT_NO_FRAGS": plan.NO_FRAGS,
         "PORT_FRAGS_POSSIBLE": plan.FRAGS_POSSIBLE,
         "PORT_BYPASS": plan.BYPASS,
+        "PORT_SOCKETS": plan.SOCKETS,
     }
 
 

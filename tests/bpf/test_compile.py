@@ -16,7 +16,7 @@ from offload.kernel.bpf import AttachType, Map, Program
 from offload.kernel.compile import Artifact, compiled, compiled_file, digest_of, sources
 
 BROKEN = Path(__file__).with_name("broken.c")
-DEFINES = {"MAX_PORTS": 16, "MAX_CPUS": 1}
+DEFINES = {"MAX_PORTS": 16, "MAX_CPUS": 1, "MAX_NIC_QUEUES": 4}
 
 
 @pytest.fixture
@@ -139,7 +139,9 @@ def test_the_verifier_s_refusal_shows_our_lines(cache: Path, name: str, line: st
 def test_every_line_that_is_told_is_a_line_of_the_source(cache: Path) -> None:
     source = (sources() / "vmq.c").read_text().splitlines()
     lines = (
-        compiled("vmq.c", {"MAX_PORTS": 64, "MAX_CPUS": 1, "QUEUE_CPUS": 1}, cache).programs["uplink"].lines
+        compiled("vmq.c", {"MAX_PORTS": 64, "MAX_CPUS": 1, "MAX_NIC_QUEUES": 4, "QUEUE_CPUS": 1}, cache)
+        .programs["uplink"]
+        .lines
     )
     assert len(lines) > 30
     for told in lines.values():

@@ -31,7 +31,7 @@ class Host:
 
     def __init__(self, lab: Lab, bpffs: Path, cache: Path) -> None:
         self.lab = lab
-        self.pins = bpffs / "v2"
+        self.pins = bpffs / "v3"
         self.cache = cache
         self.nic = lab.host.ifindex(lab.nic)
 

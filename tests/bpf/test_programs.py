@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.plan import FRAGS_POSSIBLE, NO_FRAGS, RUNNING, TRUNK
+from offload.plan import FRAGS_POSSIBLE, NO_FRAGS, RUNNING, SOCKETS, TRUNK
 from tests.bpf.loaded import (
     XDP_DROP,
     XDP_PASS,
@@ -20,6 +20,7 @@ from tests.lab import TPID_8021AD, WIRE_MAC, Lab, tag, test_frame
 PASS, DROP, REDIRECT = XDP_PASS, XDP_DROP, XDP_REDIRECT
 
 UNTAGGED, ACCESS, TRUNKED, PAUSED, AWAY, NO_CPU, ELSEWHERE, HERE, TUN, JUMBO, SMALL, PLAIN_TRUNK = range(12)
+XSK = 12
 """Ports; ``mac_of`` gives their MACs."""
 
 
@@ -54,6 +55,7 @@ def vmq(vmq: Vmq, cpus: tuple[int, int]) -> Vmq:
         (TUN, [0], {"flags": RUNNING | NO_FRAGS | FRAGS_POSSIBLE, "max_len": 9014}),
         (JUMBO, [0], {"flags": RUNNING | FRAGS_POSSIBLE, "max_len": 9014}),
         (SMALL, [0], {"max_len": 100}),
+        (XSK, [10], {"flags": RUNNING | SOCKETS, "pvid": 10, "cpu": elsewhere}),
     ]:
         vmq.set_port(port, **({"flags": RUNNING} | fields))
         for vid in vids:
@@ -208,3 +210,41 @@ def test_empty_tables_send_everything_to_the_bridge(one_lab: Lab, cache: Path, c
     frame = to(UNTAGGED)
     with Vmq(one_lab.host, cache, cpus[0]) as empty:
         assert empty.run(empty.uplink, frame) == Run(PASS, frame, expected("nic.no_filter", frame))
+
+
+def test_a_socket_of_the_rx_queue_comes_before_the_queue_s_cpu(vmq: Vmq) -> None:
+    vmq.own_sockets(XSK)
+    vmq.put_socket(0)
+    run = vmq.run(vmq.uplink, to(XSK, Q))
+    assert (run.verdict, run.frame) == (REDIRECT, to(XSK))
+    assert run.moved == {f"{XSK}.socket.packets": 1, f"{XSK}.socket.bytes": 64}
+
+
+def test_a_socket_of_another_rx_queue_is_none(vmq: Vmq) -> None:
+    vmq.own_sockets(XSK)
+    vmq.put_socket(1)
+    run = vmq.run(vmq.uplink, to(XSK, Q))
+    assert (run.verdict, run.frame) == (REDIRECT, to(XSK, Q))
+    assert run.moved == {f"{XSK}.queued.packets": 1, f"{XSK}.queued.bytes": 64}
+
+
+def test_without_sockets_of_its_own_a_port_is_like_others(vmq: Vmq) -> None:
+    run = vmq.run(vmq.uplink, to(XSK, Q))
+    assert run.moved == {f"{XSK}.queued.packets": 1, f"{XSK}.queued.bytes": 64}
+
+
+def test_one_port_s_sockets_are_no_other_s(vmq: Vmq) -> None:
+    vmq.own_sockets(XSK)
+    vmq.put_socket(0)
+    assert vmq.run(vmq.uplink, to(UNTAGGED)).moved == {
+        f"{UNTAGGED}.direct.packets": 1,
+        f"{UNTAGGED}.direct.bytes": 60,
+    }
+
+
+def test_on_the_queue_s_cpu_nobody_asks_for_sockets(vmq: Vmq) -> None:
+    vmq.own_sockets(XSK)
+    vmq.put_socket(0)
+    run = vmq.run(vmq.twin, to(XSK, Q))
+    assert (run.verdict, run.frame) == (REDIRECT, to(XSK))
+    assert run.moved == {f"{XSK}.handed.packets": 1, f"{XSK}.handed.bytes": 64}

@@ -175,7 +175,7 @@ def everything(privilege: None, cache: Path) -> Iterator[Switches]:
     with (
         Lab() as lab,
         tempfile.TemporaryDirectory(dir=BPFFS) as pins,
-        Dataplane(Path(pins) / "v2", cache) as plane,
+        Dataplane(Path(pins) / "v3", cache) as plane,
     ):
         yield Switches(lab, plane)
         plane.remove_everything()

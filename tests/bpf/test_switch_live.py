@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import pytest
 
 from offload.kernel.bpf import Link
+from offload.kernel.bypassed import Place, look
 from offload.kernel.dataplane import Dataplane
 from offload.model import MemberRow, NetworkRow, News, PortRecord, Role, StationRow
 from offload.plan import BYPASS, RUNNING
@@ -56,7 +57,7 @@ class Net:
 
     def __init__(self, lab: Lab, bpffs: Path, cache: Path) -> None:
         self.lab = lab
-        self.pins = bpffs / "v2"
+        self.pins = bpffs / "v3"
         self.plane = Dataplane(self.pins, cache)
         self.ids: dict[str, int] = {}
         lab.host.ip("link add br0 type bridge mcast_snooping 0")
@@ -499,6 +500,13 @@ def test_a_program_that_is_missing_is_seen_and_put_back(both: Net) -> None:
         assert both.do(both.plane.members)[index] == (row, "")
         both.do(lambda: both.plane.set_member("web1", index, row))
         assert both.do(both.plane.members)[index] == (row, digest)
+
+
+def test_our_own_programs_are_nothing_that_frames_pass_by(both: Net) -> None:
+    both.open()
+    both.add("web1")
+    found = both.do(lambda: look({"web1": Place("web1", "br0", both.lab.nic)}))
+    assert (found.ports, found.unread) == ({}, ())
 
 
 def test_another_role_brings_its_own_programs(both: Net) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from offload.kernel import host
-from offload.kernel.links import Links
+from offload.kernel.links import Links, PortVlans
 from tests.instance import Instance, config_of
 from tests.lab import Lab, Vm, tag, test_frame
 
@@ -53,16 +53,22 @@ def test_vlans_of_a_port_are_set_changed_and_read(lab: Lab, links: Links) -> Non
     port = lab.host.ifindex("web1")
     links.set_master(port, bridge)
     assert links.bridge_vlans()[port] == (0, ())
-    for untagged, tagged in [(4094, (10, 20, 21, 22)), (4094, (10, 22)), (3000, (5,)), (0, (5, 6)), (0, ())]:
-        links.set_bridge_vlans(port, untagged, tagged)
-        assert links.bridge_vlans()[port] == (untagged, tagged)
+    before: PortVlans = (0, ())
+    for after in [(4094, (10, 20, 21, 22)), (4094, (10, 22)), (3000, (5,)), (0, (5, 6)), (0, ())]:
+        links.set_bridge_vlans(port, before, after)
+        assert links.bridge_vlans()[port] == after
+        before = untagged, tagged = after
         expected: dict[int, list[str]] = {vid: [] for vid in tagged}
         if untagged:
             expected[untagged] = ["PVID", "Egress Untagged"]
         if expected:
             assert shown_by_bridge(lab, "web1") == expected
-    links.set_bridge_vlans(port, 0, range(1, 4095))
-    assert links.bridge_vlans()[port] == (0, tuple(range(1, 4095)))
+    links.set_bridge_vlans(port, before, everything := (0, tuple(range(1, 4095))))
+    assert links.bridge_vlans()[port] == everything
+    links.set_master(port, links.create_bridge("ext1", "ours", vlan_filtering=True))
+    assert links.bridge_vlans()[port] == (0, ()), (
+        "the old bridge's VLANs stay behind, as a plan takes for granted"
+    )
 
 
 def test_static_entries_are_of_one_vlan(lab: Lab, links: Links) -> None:
@@ -70,7 +76,7 @@ def test_static_entries_are_of_one_vlan(lab: Lab, links: Links) -> None:
     bridge = links.create_bridge("ext0", "ours", vlan_filtering=True)
     port = lab.host.ifindex("web1")
     links.set_master(port, bridge)
-    links.set_bridge_vlans(port, 4094, (10,))
+    links.set_bridge_vlans(port, (0, ()), (4094, (10,)))
     for vid in (10, 4094):
         links.add_fdb(port, MAC, vid)
     assert links.static_fdb() == {(port, MAC, 10), (port, MAC, 4094)}

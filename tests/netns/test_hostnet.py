@@ -19,7 +19,6 @@ from offload.takeover import HostNetwork, rank
 from tests.lab import Lab, wait_until
 
 DEFAULT4 = Route("0.0.0.0/0", 254, 0, 0)
-DEFAULT6 = Route("::/0", 254, 1024, 0)
 
 
 @pytest.fixture
@@ -159,6 +158,11 @@ def test_no_route_is_missing_while_it_is_replaced(lab: Lab, hostnet: HostNet) ->
             id="nexthop object",
         ),
         pytest.param(
+            "add 203.0.113.0/24 encap ip id 7 dst 192.0.2.253 dev {nic}",
+            "a route to 203.0.113.0/24 with an encapsulation",
+            id="encapsulation",
+        ),
+        pytest.param(
             "append default via 192.0.2.253 dev {nic}",
             "several routes to 0.0.0.0/0 with the metric 0",
             id="two of one metric",
@@ -215,3 +219,11 @@ def test_a_nic_is_known_by_its_permanent_mac(lab: Lab, hostnet: HostNet) -> None
     """A veth has none: there it is the one it has."""
     link = nic(lab)
     assert lab.host.call(lambda: hostnet.permanent_mac(link)) == link.mac
+
+
+def test_for_no_nic_nothing_is_listed(lab: Lab, hostnet: HostNet) -> None:
+    lab.host.ip(f"route add 203.0.113.0/24 dev {lab.nic}")
+    hostnet.close()  # whoever asks the kernel now fails
+    assert lab.host.call(lambda: hostnet.read([], {})) == HostNetwork()
+    with pytest.raises(KernelError):
+        read(lab, hostnet)

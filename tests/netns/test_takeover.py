@@ -19,7 +19,9 @@ from typing import Any, Self
 import pytest
 
 from offload.client import Client
+from offload.config import parse
 from offload.errors import KernelError, UsageError
+from offload.kernel.system import System
 from tests.instance import Instance, config_of
 from tests.lab import Lab, Namespace, wait_until
 from tests.snapshot import Snapshot, assert_unchanged, settled, snapshot
@@ -98,6 +100,16 @@ def addresses(lab: Lab, device: str) -> set[str]:
     """A device's addresses without link-local ones."""
     (link,) = json.loads(lab.host.ip(f"-json address show dev {device}"))
     return {one["local"] for one in link["addr_info"] if one["scope"] == "global"}
+
+
+def looked_at(instance: Instance, config: dict[str, Any]) -> set[str]:
+    """The NICs whose addresses and routes are read for ``config``."""
+
+    def ask() -> set[str]:
+        with System(instance.paths, keep=False) as system:
+            return set(system.facts(parse(json.dumps(config)), {}).host.macs)
+
+    return instance.host.call(ask)
 
 
 def assert_taken(lab: Lab) -> None:
@@ -391,6 +403,15 @@ def test_an_address_that_comes_later_is_no_reason_to_stop(lab: Lab, instance: In
     assert addresses(lab, lab.nic) == {"203.0.113.9"}
     with Client(instance.paths.socket) as client:
         assert client.nics()[0].problems == []
+
+
+def test_a_nic_is_looked_at_while_something_could_be_taken(lab: Lab, instance: Instance) -> None:
+    """Otherwise nobody lists the host's routes, which may be very many."""
+    alone = config_of(lab.nic, {})
+    assert looked_at(instance, alone) == {lab.nic}
+    apply(instance, taking(lab))
+    assert looked_at(instance, taking(lab)) == {lab.nic}
+    assert looked_at(instance, alone) == set()
 
 
 def reboot(instance: Instance) -> None:

@@ -16,6 +16,7 @@ from offload.config import (
     Config,
     PortConfig,
     VlanMode,
+    channel_outer,
     cpus_named,
     dump,
     merge_ports,
@@ -26,6 +27,7 @@ from offload.config import (
     split_listen,
     unsupported,
     warnings,
+    with_channels,
 )
 from offload.document import MAX_BYTES, load
 from offload.errors import ConfigError, Problem, UnsupportedError, UsageError
@@ -766,19 +768,93 @@ def test_what_this_version_cannot_do_is_listed_with_remedies() -> None:
           int0: {type: internal, host: {interface: h0}}
           priv0: {type: private}
         ports:
-          a: {switch: ext0, af_xdp: {}}
           b: {switch: ext0, device: b, queue: hardware, delivery: gro}
         """
     )
     assert [str(problem) for problem in unsupported(config)] == [
-        "ports.a.af_xdp: not in this version: use device: with a tap or veth",
         "ports.b.queue: hardware: not in this version: use queue: auto or software",
         "ports.b.delivery: gro: not in this version: use delivery: auto or frames",
     ]
     with pytest.raises(UnsupportedError) as caught:
         require_supported(config, "x.yaml")
-    assert str(caught.value).count("x.yaml: ") == 3
+    assert str(caught.value).count("x.yaml: ") == 2
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("bridge", ["python", "kernel"])
+def test_a_python_bridge_knows_its_devices_by_name(bridge: str) -> None:
+    text = f"""
+    version: 1
+    nics: {{eth1: {{}}}}
+    switches: {{ext0: {{type: external, uplink: eth1, bridge: {bridge}}}}}
+    ports: {{eth1: {{switch: ext0, device: a, mac: "02:15:5d:00:00:01"}}}}
+    """
+    if bridge == "python":
+        assert problems_of(text) == [
+            "ports.eth1: a Python bridge calls another device eth1: rename this port"
+        ]
+    else:
+        parse(text)
+
+
+AF_XDP = {
+    "hardware-needs-a-nic": (
+        ["switch: priv0, af_xdp: {mode: hardware}"],
+        ["ports.p0.af_xdp.mode: hardware: must be software or auto: its switch has no NIC"],
+    ),
+    "one-owner-of-a-nic": (
+        ["switch: ext0, af_xdp: {mode: hardware}", "switch: ext0, af_xdp: {mode: hardware}"],
+        [
+            "ports.p1.af_xdp.mode: hardware: must be software or auto: ports.p0 has the queues of eth1, "
+            "which does not steer, so that one port alone can have sockets there"
+        ],
+    ),
+    "zero-copy-of-a-veth": (
+        ["switch: ext0, af_xdp: {zero_copy: require}"],
+        [
+            "ports.p0.af_xdp.zero_copy: require: only a NIC's own queue can do without copying: "
+            "mode: hardware with it, or zero_copy: auto"
+        ],
+    ),
+    "nobody-to-trust": (
+        ["switch: ext0, af_xdp: {trusted: true}"],
+        [
+            "ports.p0.af_xdp.trusted: true: must be absent: only with mode: hardware is there a queue of "
+            "the NIC to trust somebody with"
+        ],
+    ),
+    "no-way-there": (
+        ["switch: ext0, queue: off, af_xdp: {mode: hardware}"],
+        [
+            "ports.p0.queue: off: must not be off with af_xdp.mode: hardware: the NIC's sockets would get no "
+            "frame"
+        ],
+    ),
+    "its-end-has-a-name": (
+        ["switch: ext0, af_xdp: {}", "switch: ext0, device: p0-xsk"],
+        ["ports.p1.device: p0-xsk: must be a device of its own: ports.p0.af_xdp has this one"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("ports", "expected"), AF_XDP.values(), ids=AF_XDP)
+def test_what_af_xdp_does_not_go_with(ports: list[str], expected: list[str]) -> None:
+    given = [f'{port}, mac: "02:15:5d:00:00:0{number}"' for number, port in enumerate(ports, 1)]
+    text = with_ports(*given).replace("switches:", "switches:\n  priv0: {type: private}", 1)
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert [str(problem) for problem in caught.value.problems] == expected
+
+
+def test_several_hardware_ports_have_a_nic_each() -> None:
+    text = with_ports('switch: ext0, mac: "02:15:5d:00:00:01", af_xdp: {mode: hardware, zero_copy: require}')
+    assert parse(text).ports["p0"].af_xdp is not None
+
+
+def test_with_channels_every_port_has_a_device() -> None:
+    config = with_channels(parse(with_ports("switch: ext0, af_xdp: {}", "switch: ext0, device: a")))
+    assert [port.device for port in config.ports.values()] == ["p0-xsk", "a"]
+    assert channel_outer("a-name-of-many-letters") == "a-name-of-m-xsk"
 
 
 def test_vlans_guards_and_auto_are_not_refused_here() -> None:

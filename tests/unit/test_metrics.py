@@ -123,6 +123,19 @@ offload_bridge_frames_total{switch="lab0"} 40.0
 # HELP offload_bridge_drops_total Frames that a switch's Python bridge lost or dropped, by reason.
 # TYPE offload_bridge_drops_total counter
 offload_bridge_drops_total{reason="ring",switch="lab0"} 3.0
+# HELP offload_xsk_handed_packets_total Frames of an AF_XDP port given to a socket; \
+channel hardware is on its NIC's queues.
+# TYPE offload_xsk_handed_packets_total counter
+# HELP offload_xsk_lost_packets_total Frames that the kernel lost on an AF_XDP socket since it was bound, \
+by ring: rx was full, fill was empty, unfit. Absent where the kernel does not tell; \
+the port's drops as ring_full have them too.
+# TYPE offload_xsk_lost_packets_total counter
+# HELP offload_xsk_consumer 1 while somebody's socket is in the map of a channel's queue, \
+0 when nobody's is.
+# TYPE offload_xsk_consumer gauge
+# HELP offload_xsk_zero_copy 1 when zero copy is in force on a channel's queue, 0 when not; \
+absent when nobody can tell.
+# TYPE offload_xsk_zero_copy gauge
 # HELP offload_filters Filters in a NIC's table.
 # TYPE offload_filters gauge
 offload_filters{nic="eth1"} 1.0

@@ -102,7 +102,7 @@ def with_link(changed: Link) -> Facts:
     return facts(
         links={**FACTS.links, changed.name: changed},
         own=frozenset({"ext0"} & {changed.master_name}),
-        members=frozenset({changed.ifindex} if changed.master_name == "ext0" else ()),
+        members={changed.ifindex: (MemberRow(0, 0, "port"), "")} if changed.master_name == "ext0" else {},
     )
 
 
@@ -595,6 +595,13 @@ FULL: dict[Resource, Value] = {
             {},
             [Change(Filter("eth1", 2, MAC, 0), 0, 1)],
             id="filter-moves-in-one-step",
+        ),
+        pytest.param(
+            {Master("x", 1): "b", BridgeVlans("x", 1): (4094, (10,))},
+            {Master("x", 1): "c", BridgeVlans("x", 1): (4094, (10,))},
+            {},
+            [Change(Master("x", 1), "b", "c"), Change(BridgeVlans("x", 1), None, (4094, (10,)))],
+            id="vlans-of-the-old-bridge-are-left-behind",
         ),
     ],
 )

@@ -48,7 +48,18 @@ DESIRED = Desired(
     refusals=(),
 )
 WEB1_LINK = Link(7, "web1", "veth", "02:aa:00:00:00:07", 1500, True, True, False, None, 3, "ext0", 4, 4)
-PATHS = ("direct", "queued", "handed", "returned", "bridged", "local", "tx_local", "tx_direct", "tx_bridge")
+PATHS = (
+    "socket",
+    "direct",
+    "queued",
+    "handed",
+    "returned",
+    "bridged",
+    "local",
+    "tx_local",
+    "tx_direct",
+    "tx_bridge",
+)
 DROPS = (
     *("vlan_nic", "vlan_queue", "vlan_bridge", "vlan_sent"),
     *("spoofed", "guard_dhcp", "guard_ra", "link_local", "host"),
