@@ -20,7 +20,7 @@ from .bound import BusyPoll
 from .errors import PrivilegeError, UnsupportedError, XskError
 from .pcap import Writer
 from .socket import Socket
-from .sources import Queue, Source, Wanted
+from .sources import HandedOver, Queue, Source, Wanted
 from .tools import Run, Summary
 from .umem import UmemShape
 
@@ -32,12 +32,13 @@ Exit codes:
   3  this kernel or driver cannot
   4  a privilege is missing
 """
-_SOURCES = """Frames reach the socket in one of two ways. With --mode a small XDP program is attached to
+_SOURCES = """Frames reach the socket in one of three ways. With --mode a small XDP program is attached to
 DEVICE that hands it the frames of its queue and passes all others on; it goes when the tool
 ends, and a program that is there already is never replaced. With --map and --index the socket is put
-into a pinned XSKMAP of a program that somebody else attached.
+into a pinned XSKMAP of a program that somebody else attached. With --socket somebody else makes the
+socket, as offload does for its AF_XDP ports.
 
-Needs CAP_NET_RAW, and CAP_BPF and CAP_NET_ADMIN for a program or a map."""
+Needs CAP_NET_RAW, and CAP_BPF and CAP_NET_ADMIN for a program or a map; nothing with --socket."""
 
 
 class _Command(click.Command):
@@ -62,13 +63,14 @@ def main() -> None:
       python -m offload.xsk dump -d eth1 -q 2 --mode native --write - | tcpdump -nr -
       python -m offload.xsk drop -d eth1 --map /sys/fs/bpf/xsks --index 0 --seconds 10 --json
       python -m offload.xsk forward -d eth1 --mode native --to eth2
+      python -m offload.xsk dump --socket /run/offload/xsk/db1.sock
     """
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
     """What every tool has."""
     options = (
-        click.option("--device", "-d", required=True, help="Network device, in this network namespace."),
+        click.option("--device", "-d", help="Network device, in this network namespace."),
         click.option("--queue", "-q", type=click.IntRange(0), default=0, show_default="0", help="RX queue."),
         click.option(
             "--mode",
@@ -81,6 +83,14 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Path(path_type=Path),
             metavar="PATH",
             help="Use this pinned XSKMAP instead of attaching a program.",
+        ),
+        click.option(
+            "--socket",
+            "hand_over",
+            type=click.Path(path_type=Path, readable=False),
+            metavar="PATH",
+            help="Have a socket handed over at this unix socket; --device and --queue choose which, and "
+            "of the settings only --frames counts.",
         ),
         click.option(
             "--index", type=click.IntRange(0), metavar="N", help="Entry of --map.  [default: the queue]"
@@ -170,8 +180,12 @@ def _opened(options: Mapping[str, Any], held: ExitStack, *, sends: bool = False)
 def _source(options: Mapping[str, Any]) -> Source:
     """The one source that the options name."""
     mode, path, index, queue = (options[key] for key in ("mode", "map_path", "index", "queue"))
-    if (mode is None) == (path is None):
-        raise click.UsageError("Say how frames reach the socket: by --mode or by --map, one of them.")
+    if sum(options[key] is not None for key in ("mode", "map_path", "hand_over")) != 1:
+        raise click.UsageError("Say how frames reach the socket: by --mode, --map or --socket, one of them.")
+    if options["hand_over"] is not None:
+        return HandedOver(options["hand_over"], options["device"], queue)
+    if options["device"] is None:
+        raise click.UsageError("Missing option '--device' / '-d'.")
     if path is None and index is not None:
         raise click.UsageError("--index is an entry of --map, which is missing.")
     pinned = None if path is None else (path, queue if index is None else index)

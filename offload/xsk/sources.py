@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import handed
 from .bound import BoundSocket, RingSizes
 from .bpf import Mode, Redirect, XskMap
 from .socket import Socket
@@ -75,3 +76,24 @@ class Queue:
             redirect = held.enter_context(Redirect(self.device, self.mode, entries=self.queue + 1))
             return redirect.map, self.queue
         return None
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """What a provider at the unix socket ``path`` hands over, ready made: see ``handed``.
+
+    ``device`` None: the provider's first. Of what is wanted, the number of frames counts.
+    """
+
+    path: Path
+    device: str | None
+    queue: int
+
+    def open(self, wanted: Wanted, held: ExitStack, partner: Socket | None = None) -> Socket:
+        with handed.connect(self.path) as provider:
+            device = self.device or provider.channels()[0].ifname
+            bound = provider.socket(device, self.queue, wanted.shape.frames)
+        held.enter_context(bound)
+        if wanted.sends and bound.tx is None:
+            raise ValueError(f"the socket of {device} can only receive: name a device that sends, too")
+        return Socket(bound)

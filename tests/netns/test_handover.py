@@ -15,6 +15,8 @@ import os
 import pwd
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -39,7 +41,7 @@ from offload.xsk.errors import PrivilegeError, XskError
 from offload.xsk.socket import Socket
 from offload.xsk.umem import Umem, UmemShape
 from tests.instance import Instance, config_of
-from tests.lab import WIRE_MAC, Lab, seq_of, test_frame, wait_until
+from tests.lab import AS_NOBODY, WIRE_MAC, Lab, seq_of, test_frame, wait_until
 
 NOBODY = pwd.getpwnam("nobody")
 DB1, DB2 = "02:15:5d:00:00:11", "02:15:5d:00:00:12"
@@ -281,6 +283,28 @@ def test_a_consumer_without_privileges(site: Site, consumer: Consumer) -> None:
         f"handed a copying socket of xsk0, queue 0, to uid {NOBODY.pw_uid}, pid {consumer.process.pid}"
         in (site.log())
     )
+
+
+def test_the_tool_takes_what_is_handed_over(site: Site) -> None:
+    command = [sys.executable, "-m", "offload.xsk", "dump", "--socket", str(site.door()), "--count", "10"]
+    tool = subprocess.Popen([*AS_NOBODY, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert tool.stderr is not None
+        assert tool.stderr.readline() == "offload.xsk: ready\n"
+        site.send(DB1, *range(10))
+        shown, _ = tool.communicate(timeout=10)
+    finally:
+        tool.kill()
+        tool.wait()
+    assert tool.returncode == 0
+    assert [line.split()[1:4] for line in shown.splitlines()] == [[WIRE_MAC, ">", DB1]] * 10
+
+
+def test_the_tool_says_why_it_gets_nothing(site: Site) -> None:
+    command = [sys.executable, "-m", "offload.xsk", "echo", "--socket", str(site.door("db2"))]
+    refused = subprocess.run([*AS_NOBODY, *command], capture_output=True, text=True, timeout=30, check=False)
+    assert refused.returncode == 4
+    assert "It belongs to another user" in refused.stderr
 
 
 def test_frames_are_kept_until_the_consumer_is_ready(site: Site, consumer: Consumer) -> None:
