@@ -191,6 +191,7 @@ class Supply:
                 multi_buffer=nic is None and self._mtu(port) > CHUNK_MTU,
             )
         with made.umem, made:
+            _require_mappable(made)
             with self._there(port), Map.pinned(self._pin(port, nic)) as sockets:
                 _fill(made, frames if nic else frames // 2)
                 sockets.update(struct.pack("=I", queue), struct.pack("=I", made.fileno()))
@@ -220,6 +221,17 @@ class Supply:
             raise _ours(error) from error
         except OSError as error:
             raise KernelError(f"port {port}: {error}") from error
+
+
+def _require_mappable(made: bound.BoundSocket) -> None:
+    """Before Linux 6.4 nobody can map the rings of a bound socket any more (xsk_mmap(), net/xdp/xsk.c)."""
+    try:
+        bound.BoundSocket.adopt(os.dup(made.fileno()), made.umem, made.particulars).close()
+    except errors.BusyError as error:
+        raise UnsupportedError(
+            "this kernel lets nobody else use a socket that is bound (Linux 6.4 does): take the map, "
+            "/xsk_map_fd or its pin, and bind a socket of your own"
+        ) from error
 
 
 def _fill(made: bound.BoundSocket, count: int) -> None:

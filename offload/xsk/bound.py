@@ -156,7 +156,7 @@ class BoundSocket(Closing):
     completion: RingMap
 
     def __init__(self, sock: socket.socket, umem: Umem, particulars: Particulars) -> None:
-        """A socket that is bound already; closes it when that fails. Use ``bind`` or ``adopt``."""
+        """A socket that has its rings; closes it when that fails. Use ``bind`` or ``adopt``."""
         self.umem = umem
         self.particulars = particulars
         self._socket = sock
@@ -231,18 +231,23 @@ class BoundSocket(Closing):
             if busy_poll is not None:
                 with _explained(f"have {device} polled", _BUSY_POLL, where):
                     _set_busy_poll(sock, busy_poll)
+        except BaseException:
+            sock.close()
+            raise
+        made = cls(sock, umem, particulars)  # kernels before 6.4 map no ring of a socket that is bound
+        try:
             remedies = _bind_remedies(copy, multi_buffer)
             with _explained(f"bind to queue {queue} of {device}", remedies, where):
                 address = (abi.AF_XDP, flags, _ifindex(device), queue, shared)
                 _bind(sock, abi.SOCKADDR_XDP.pack(*address), patience)
         except BaseException:
-            sock.close()
+            made.close()
             raise
-        return cls(sock, umem, particulars)
+        return made
 
     @classmethod
     def adopt(cls, fd: int, umem: Umem, particulars: Particulars) -> Self:
-        """A socket that another process bound and handed over; takes over ``fd``. Needs no privilege.
+        """A socket that another process bound; takes over ``fd``. Needs Linux 6.4, and no privilege.
 
         ``umem`` is that process's memory, see ``Umem.adopt``. Raises XskError when ``fd`` is no bound
         AF_XDP socket, or its rings are not those of ``particulars``.

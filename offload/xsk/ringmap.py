@@ -41,7 +41,11 @@ class RingMap(Closing):
         self.consumer = word(self.memory, fields[1])
         self.flags = word(self.memory, fields[3])
         self._address = ct.addressof(ct.c_char.from_buffer(self.memory))
-        libc.map_over(self._address, length, _FLAGS, fd, offset)
+        try:
+            libc.map_over(self._address, length, _FLAGS, fd, offset)
+        except OSError:
+            libc.map_over(self._address, length, _NOTHING)  # a failure has unmapped what Python holds
+            raise
         self._mapped = True
 
     @property

@@ -25,7 +25,7 @@ from tests.instance import Instance
 from tests.lab import WIRE_MAC, Lab, Namespace, Stream, Vm, tag, test_frame, wait_until
 from tests.netns.consumer import Consumer
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 DB1, DB2, WEB1 = "02:15:5d:00:00:01", "02:15:5d:00:00:02", "02:15:5d:00:00:03"
 BROADCAST = "ff:ff:ff:ff:ff:ff"

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from tests.vm.kernels import KERNELS, ROOT
+from tests.vm.archive import ROOT
+from tests.vm.kernels import KERNELS
 from tests.vm.machine import Machine
 from tests.vm.nics import NICS
 

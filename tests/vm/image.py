@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tests.vm.kernels import CACHE, ROOT, locked, make_disk, run
+from tests.vm.archive import CACHE, ROOT, locked, run
+from tests.vm.kernels import make_disk
 
 SIZE = 6 << 30
 """Bytes of the file system; only what is used takes room here."""
 RIG = {"qemu-system-x86", "busybox-static", "zstd"}
 """What setup.sh installs for the machines themselves, and what nobody needs inside."""
-OUTSIDE_ONLY = ("mypy*", "*__mypyc*", "ruff*", "pip*", "setuptools*")
+OUTSIDE_ONLY = ("mypy*", "*__mypyc*", "ruff*", "pip", "pip-*", "setuptools*")
 """What of ``.venv`` stays outside."""
 CONFIGURATION = ("alternatives", "ld.so.conf", "ld.so.conf.d", "localtime", "timezone")
 """What of /etc no package owns and programs look for."""

@@ -5,19 +5,15 @@ A new kernel is one line of ``KERNELS``. Debian's packages are unpacked under ``
 
 from __future__ import annotations
 
-import fcntl
 import lzma
 import re
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache/vm"
+from tests.vm.archive import CACHE, Suite, locked, run
+
 BOOT_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 """What a kernel needs before it can read its disks."""
 
@@ -66,30 +62,10 @@ def boot_files(kernel: Kernel) -> Boot:
     return Boot(version, place / "vmlinuz", init, place / "modules.img")
 
 
-@contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """Hold the right to make ``place``; another process that wants it waits."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f".{place.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def run(*argv: str | Path, cwd: Path | None = None, stdin: bytes | None = None) -> bytes:
-    """Run a command to its end; RuntimeError with its words when it fails."""
-    done = subprocess.run(argv, capture_output=True, check=False, cwd=cwd, input=stdin)
-    if done.returncode != 0:
-        said = (done.stderr + done.stdout).decode(errors="replace").strip()
-        raise RuntimeError(f"{' '.join(map(str, argv))}: exit {done.returncode}: {said}")
-    return done.stdout
-
-
 def _prepare(kernel: Kernel, place: Path) -> None:
     tree = place / "tree"
-    tree.mkdir(parents=True)
-    for package in _fetch(kernel, place):
-        run("dpkg-deb", "--extract", package, tree)
-        package.unlink()
+    with Suite(kernel.suite) as suite:
+        suite.unpack(tree, *_packages(kernel, suite))
     [modules] = [found.parent for found in tree.glob("**/lib/modules/*/kernel")]
     version = modules.name
     [image] = [*tree.glob(f"boot/vmlinuz-{version}"), *modules.glob("vmlinuz")]
@@ -110,15 +86,12 @@ def make_disk(tree: Path, disk: Path, size: int) -> None:
     run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "lazy_itable_init=1", "-d", tree, disk)
 
 
-def _fetch(kernel: Kernel, place: Path) -> list[Path]:
-    """Download the newest packages of a kernel into ``place``."""
-    apt = _private_apt(kernel.suite, place / "apt")
-    run("apt-get", *apt, "--error-on=any", "update")
+def _packages(kernel: Kernel, suite: Suite) -> list[str]:
+    """The packages of the newest such kernel in the suite."""
     version = rf"{re.escape(kernel.name)}\.\d+(?:-\d+|\+deb\d+)-amd64"
-    names = run("apt-cache", *apt, "pkgnames", "linux-").decode().split()
     found = [
         match
-        for name in names
+        for name in suite.names("linux-")
         if (match := re.fullmatch(rf"linux-(image|base|binary|modules)-({version})", name))
     ]
     if not found:
@@ -126,36 +99,7 @@ def _fetch(kernel: Kernel, place: Path) -> list[Path]:
     newest = max(
         (match[2] for match in found), key=lambda text: [int(part) for part in re.findall(r"\d+", text)]
     )
-    run("apt-get", *apt, "download", *(match[0] for match in found if match[2] == newest), cwd=place)
-    shutil.rmtree(place / "apt")
-    return list(place.glob("*.deb"))
-
-
-def _private_apt(suite: str, place: Path) -> list[str]:
-    """Options that show apt this suite alone, from the mirror that the machine's own Debian comes from."""
-    wanted = ("indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT)", "Identifier: Packages")
-    configured = [line.split() for line in run("apt-get", *wanted).decode().splitlines()]
-    own = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text(), re.MULTILINE)
-    mirrors = [
-        uri for uri, codename, component in configured if own and (codename, component) == (own[1], "main")
-    ]
-    if not mirrors:
-        raise RuntimeError("apt has no source for this machine's own Debian release")
-    (place / "lists/partial").mkdir(parents=True)
-    (place / "cache/archives/partial").mkdir(parents=True)
-    keys = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-    (place / "suite.sources").write_text(
-        f"Types: deb\nURIs: {mirrors[0]}\nSuites: {suite}\nComponents: main\nSigned-By: {keys}\n"
-    )
-    options = {
-        "Dir::Etc::SourceList": place / "suite.sources",
-        "Dir::Etc::SourceParts": "/dev/null",
-        "Dir::State::Lists": place / "lists",
-        "Dir::State::Status": "/dev/null",
-        "Dir::Cache": place / "cache",
-        "APT::Sandbox::User": "root",
-    }
-    return ["-q", *(f"-o{key}={value}" for key, value in options.items())]
+    return [match[0] for match in found if match[2] == newest]
 
 
 def _boot_modules(base: Path, version: str, target: Path) -> None:

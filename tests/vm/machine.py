@@ -25,8 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.vm.archive import ROOT
+from tests.vm.emulator import emulator
 from tests.vm.image import COMPILED, base_image, pack
-from tests.vm.kernels import ROOT, Kernel, boot_files
+from tests.vm.kernels import Kernel, boot_files
 from tests.vm.nics import Nic, wired
 
 CPUS = 2
@@ -84,7 +86,7 @@ class Machine:
         pack(self._tree, tree)
         self._socket, theirs = socket.socketpair()
         command = [
-            *("setpriv", "--pdeathsig", "KILL", "--", "qemu-system-x86_64"),
+            *("setpriv", "--pdeathsig", "KILL", "--", *emulator()),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off"),
             *("-smp", str(CPUS), "-m", str(MEMORY)),

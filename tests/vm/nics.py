@@ -7,18 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Nic:
-    """``name`` is the Linux driver's; ``device`` is QEMU's device with its properties."""
+    """``name`` is the Linux driver's; ``device`` is QEMU's device with its properties.
+
+    ``queues`` is how many RX queues the driver makes of it in a machine with two CPUs.
+    """
 
     name: str
     device: str
+    queues: int
 
 
 NICS = {
     nic.name: nic
     for nic in (
-        Nic("virtio_net", "virtio-net-pci,mq=on,vectors=10"),
-        Nic("e1000e", "e1000e"),
-        Nic("vmxnet3", "vmxnet3"),
+        Nic("igb", "igb", 2),
+        Nic("virtio_net", "virtio-net-pci,mq=on,vectors=10", 1),
+        Nic("e1000e", "e1000e", 1),
+        Nic("vmxnet3", "vmxnet3", 2),
     )
 }
 
@@ -29,14 +34,18 @@ def near_mac(nic: Nic) -> str:
 
 
 def wired(nic: Nic) -> list[str]:
-    """QEMU's options for two such cards, joined by a wire."""
-    wire = f"wire-{nic.name}"
+    """QEMU's options for two such cards, joined by a wire, each on a PCI Express port of its own.
+
+    (SR-IOV wants such a port.)
+    """
+    wire = list(NICS).index(nic.name)
     near = near_mac(nic)
     return [
         option
-        for end, mac in (("near", near), ("far", f"{near[:-2]}01"))
+        for number, mac in enumerate((near, f"{near[:-2]}01"), 2 * wire)
         for option in (
-            *("-netdev", f"hubport,hubid={list(NICS).index(nic.name)},id={wire}-{end}"),
-            *("-device", f"{nic.device},netdev={wire}-{end},mac={mac}"),
+            *("-netdev", f"hubport,hubid={wire},id=card{number}"),
+            *("-device", f"pcie-root-port,id=slot{number},chassis={number}"),
+            *("-device", f"{nic.device},bus=slot{number},netdev=card{number},mac={mac}"),
         )
     ]

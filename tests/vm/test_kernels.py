@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.kernels import CACHE, KERNELS, ROOT
+from tests.vm.archive import CACHE, ROOT
+from tests.vm.kernels import KERNELS
 from tests.vm.machine import MEMORY, Machine, MachineError
 from tests.vm.options import FOUND, chosen
 
@@ -55,6 +56,9 @@ MAY_SKIP = (
     Lack("this kernel tells what drivers can do with XDP", since=(6, 3)),
     Lack("this kernel's bridge filters VLANs", since=(0, 0)),
     Lack("is refused with bridge: python", since=(0, 0)),
+    Lack("igb has no zero copy before Linux 6.14", before=(6, 14)),
+    Lack("igb has zero copy since Linux 6.14", since=(6, 14)),
+    Lack("sockets are handed over since Linux 6.4", since=(6, 4)),
 )
 
 

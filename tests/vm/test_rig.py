@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm import archive, emulator
 from tests.vm.image import closure
 from tests.vm.kernels import KERNELS
 from tests.vm.machine import Machine, MachineError
@@ -63,6 +64,16 @@ def test_a_panic_is_told_with_the_console(machine: Machine) -> None:
     """The last test on this machine."""
     with pytest.raises(MachineError, match=r"has stopped[\s\S]*sysrq: Trigger a crash"):
         machine.run("bash", "-c", "echo c >/proc/sysrq-trigger; sleep 10", timeout=60)
+
+
+@pytest.mark.vm
+def test_an_emulator_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in (archive, emulator):
+        monkeypatch.setattr(module, "CACHE", tmp_path)
+    monkeypatch.setattr(emulator, "SUITE", "no-such-suite")
+    with pytest.raises(RuntimeError, match="no emulator from Debian no-such-suite: apt-get"):
+        emulator.emulator()
+    assert not [left for left in tmp_path.iterdir() if left.suffix != ".lock"]
 
 
 def test_outcomes_are_read_from_the_report() -> None:
