@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from offload.client import Client
-    from offload.views import Outcome, TakeoverView
+    from offload.views import ExplainView, Outcome, TakeoverView
 
 MAX_CONFIG = 8 * 1024 * 1024
 """Bytes of a config file; what the daemon accepts."""
@@ -545,6 +546,121 @@ def queues(nic: str | None, as_json: bool, paths: Paths) -> None:
         tables.queues(views)
 
 
+# One frame
+
+
+def _mac(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """A MAC as the config takes it, lower-case with colons."""
+    if value is None:
+        return None
+    mac = value.lower().replace("-", ":")
+    if not re.fullmatch(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac):
+        raise click.BadParameter(f"{value}: a MAC as 02:15:5d:00:00:01.")
+    return mac
+
+
+@main.command()
+@click.option(
+    "--nic", metavar="NAME", shell_complete=_complete("nics"), help="A frame from the wire to this NIC."
+)
+@click.option(
+    "--port",
+    metavar="NAME",
+    shell_complete=_complete("ports"),
+    help="A frame that this port's VM sends; host:SWITCH for the host.",
+)
+@click.option("--dst", metavar="MAC", required=True, callback=_mac, help="Its destination.")
+@click.option(
+    "--src",
+    metavar="MAC",
+    callback=_mac,
+    help="Its source; else the port's own address, or one of the wire that nobody has.",
+)
+@click.option(
+    "--vlan",
+    "vids",
+    type=click.IntRange(0, 4094),
+    metavar="VID",
+    multiple=True,
+    help="The VID of its tag; for stacked tags give it again, the outermost first.",
+)
+@click.option("--service-tag", "service", is_flag=True, help="The outermost tag is of 802.1ad.")
+@click.option(
+    "--size",
+    type=click.IntRange(14, 9216),
+    default=60,
+    show_default=True,
+    metavar="BYTES",
+    help="Its length without tags and FCS.",
+)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(["plain", "dhcp-server", "router-advertisement"]),
+    default="plain",
+    show_default=True,
+    help="What it carries, for the guards.",
+)
+@click.option(
+    "--rx-queue",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="The NIC's RX queue on which it arrives: an AF_XDP port may have a socket there.",
+)
+@_json_option
+@_instance_options
+def explain(
+    nic: str | None,
+    port: str | None,
+    vids: tuple[int, ...],
+    service: bool,
+    as_json: bool,
+    paths: Paths,
+    **asked: Any,
+) -> None:
+    """Say where a frame goes, and why.
+
+    Runs such a frame through the programs that are loaded, with the tables as they are now. It is
+    not sent, no counter moves, and no address changes its place. Needs root with CAP_BPF,
+    CAP_NET_ADMIN and CAP_PERFMON, and no daemon.
+
+    \b
+    Verdicts:
+      queue   to a port's device: from the wire by its queue, from a local port directly
+      af_xdp  to a port's AF_XDP socket
+      bridge  to the switch's bridge, which forwards or floods it
+      host    to the host's own stack
+      uplink  to the wire, past the bridge
+      drop    nowhere; the port's counters have it
+
+    Not tried is what comes after the hand-over: a full ring, a device that is down, the bridge's
+    own table, other people's programs. A frame from the wire is taken to arrive on another CPU
+    than its queue's, and in one buffer if it fits into a page. Programs of another version of
+    offload are not asked, and tc programs not about frames longer than a page: exit code 3.
+
+    \b
+    Examples:
+      sudo offload explain --nic eth1 --dst 02:15:5d:00:00:01 --vlan 10
+      sudo offload explain --nic eth1 --dst 02:15:5d:00:00:01 --rx-queue 1
+      sudo offload explain --port web1 --dst ff:ff:ff:ff:ff:ff --type dhcp-server
+      sudo offload explain --port web1 --dst 02:15:5d:00:00:02 --json | jq -r .verdict
+    """
+    if (nic is None) == (port is None):
+        raise click.UsageError("Give either --nic or --port.")
+    if service and not vids:
+        raise click.UsageError("--service-tag needs --vlan.")
+    from offload.kernel.explain import Question
+    from offload.kernel.explain import explain as ask
+
+    view = ask(Question(nic=nic, port=port, vids=vids, service=service, **asked), paths)
+    if as_json:
+        _print_json(view.model_dump(mode="json"))
+    else:
+        _print_explained(view)
+
+
 # One port, live
 
 
@@ -816,6 +932,20 @@ def _taken(takeover: TakeoverView) -> str:
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         _say(f"warning: {warning}")
+
+
+def _print_explained(view: ExplainView) -> None:
+    """The verdict and why, then the programs that it comes from."""
+    shown = {"verdict": view.verdict, "port": view.port, "queue": view.queue, "cpu": view.cpu}
+    shown |= {"tag": None if view.vlan_action == "none" else view.vlan_action, "reason": view.reason}
+    shown |= {
+        f"program {number}": f"{step.program} on {step.device}: {step.counter or 'not counted'}"
+        for number, step in enumerate(view.steps, 1)
+    }
+    width = max(map(len, shown))
+    for key, value in shown.items():
+        if value is not None:
+            click.echo(f"{key:{width}}  {value}")
 
 
 def _print_views(views: Sequence[BaseModel]) -> None:

@@ -407,3 +407,47 @@ class ProblemBody(View):
         default=None, description="The name of the config that is wrong; null: none is."
     )
     problems: list[ProblemItem] = Field(default=[], description="Everything that is wrong with the input.")
+
+
+Verdict = Literal["queue", "af_xdp", "bridge", "host", "uplink", "drop"]
+VlanAction = Literal["none", "strip", "push"]
+
+
+class ExplainStep(View):
+    """One of the loaded programs that a frame went through."""
+
+    program: str = Field(
+        description="uplink, queue (bpf/vmq.c), wire, sent, guard (bpf/switch.c), channel (bpf/channel.c)."
+    )
+    device: str = Field(description="Where it stands.")
+    counter: str | None = Field(
+        description="The counter of bpf/abi.h that such a frame moves; null: none, the frame ends here."
+    )
+    port: str | None = Field(
+        description="Whose counter that is, uplink:NIC and host:SWITCH among them; null: the NIC's own."
+    )
+
+
+class ExplainView(View):
+    """Where a frame goes, and why."""
+
+    verdict: Verdict = Field(
+        description="queue: to a port's device past the bridge. af_xdp: to a port's socket. bridge: the "
+        "default path. host: to the host's own stack. uplink: to the wire past the bridge. drop: nowhere."
+    )
+    port: str | None = Field(
+        description="The port that gets it, or for a drop the one whose counter has it; null: none."
+    )
+    queue: int | None = Field(
+        description="The number of the port's queue on its NIC; null: the frame goes through none."
+    )
+    cpu: int | None = Field(
+        description="The CPU that serves that queue; null: whichever CPU the NIC's RX queue is served by."
+    )
+    vlan_action: VlanAction = Field(
+        description="What happens to the outermost tag on the way. push: also a VID 0 made the VLAN's."
+    )
+    reason: str = Field(description="Why, for people.")
+    steps: list[ExplainStep] = Field(
+        description="The programs that decided, in order; empty: none of ours is on that device."
+    )
