@@ -304,6 +304,7 @@ class _Visit:
             with parcel() as given:
                 said = f",{json.dumps(given.particulars)}" if given.particulars else ""
                 unix.send(self._socket, f"/fd_ack{said}".encode(), given.descriptors)
+                given.handed_to(self._pid)
                 return given.kind
 
         port = self._door.port

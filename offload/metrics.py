@@ -96,12 +96,20 @@ _FAMILIES: dict[str, tuple[Callable[[str, str], Metric], str]] = {
     ),
     "offload_xsk_lost_packets": (
         CounterMetricFamily,
-        "Frames that the kernel lost on an AF_XDP socket since it was bound, by ring: rx was full, fill was "
-        "empty, unfit. Absent where the kernel does not tell; the port's drops as ring_full have them too.",
+        "Frames that the kernel lost on an AF_XDP socket since it was bound, by ring: rx was full, fill had "
+        "no chunk. Absent where nobody can tell; the port's drops as ring_full have them too.",
     ),
     "offload_xsk_consumer": (
         GaugeMetricFamily,
         "1 while somebody's socket is in the map of a channel's queue, 0 when nobody's is.",
+    ),
+    "offload_xsk_ring_entries": (
+        GaugeMetricFamily,
+        "Entries that are in a ring of a socket that was handed over: rx, fill, tx, completion.",
+    ),
+    "offload_xsk_wants_waking": (
+        GaugeMetricFamily,
+        "1 while the kernel waits for the consumer of a socket that was handed over to wake it, by ring.",
     ),
     "offload_xsk_zero_copy": (
         GaugeMetricFamily,
@@ -240,6 +248,10 @@ def _channels(families: dict[str, Metric], owner: dict[str, str], af_xdp: AfXdp)
         _sample(families["offload_xsk_consumer"], "", labels, channel.consumer is not None)
         if channel.zero_copy is not None:
             _sample(families["offload_xsk_zero_copy"], "", labels, channel.zero_copy)
+        for ring, count in channel.filled.items():
+            _sample(families["offload_xsk_ring_entries"], "", {**labels, "ring": ring}, count)
+        for ring, waits in channel.wants_waking.items():
+            _sample(families["offload_xsk_wants_waking"], "", {**labels, "ring": ring}, waits)
         for ring, count in channel.lost.items():
             _sample(families["offload_xsk_lost_packets"], "_total", {**labels, "ring": ring}, count)
 

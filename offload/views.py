@@ -97,7 +97,16 @@ class AfXdpChannel(View):
     )
     lost: dict[str, NonNegativeInt] = Field(
         description="Frames that the kernel lost on this channel's socket, by ring: rx (it was full), fill "
-        "(it was empty), unfit (too long for a chunk). Empty where the kernel does not tell."
+        "(it had no chunk for the frame, or none that is long enough). Empty where nobody can tell."
+    )
+    filled: dict[str, NonNegativeInt] = Field(
+        default={},
+        description="Entries in each of the socket's rings just now: rx, fill, tx, completion. Empty unless "
+        "the socket was handed over by the daemon.",
+    )
+    wants_waking: dict[str, bool] = Field(
+        default={},
+        description="Whether the kernel waits for the consumer to wake it, by ring: fill, tx. As for filled.",
     )
 
 

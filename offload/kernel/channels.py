@@ -34,6 +34,7 @@ from .abi import Layout
 from .bpf import XDP_FLAGS_DRV_MODE, AttachType, Link, Map, Program, possible_cpus
 from .btf import LIBXDP_MAP, LIBXDP_PROGRAM, like_libxdp
 from .compile import compiled
+from .holders import Holders
 from .links import Links
 from .netns import as_init_sees, call_in, is_kept, keep_new, let_go
 
@@ -55,6 +56,7 @@ class Channels:
         self._paths = paths
         self._links = links
         self._alias = alias
+        self.holders = Holders(paths)
         self._artifact = compiled("channel.c", {"MAX_CHANNEL_QUEUES": QUEUES}, paths.cache)
         self._counters = Layout(self._artifact.maps["channel_counters"].value)
         self._possible_cpus = possible_cpus()
@@ -136,6 +138,7 @@ class Channels:
             self._links.delete_link(device.ifindex)
         let_go(self._paths.namespace(port))
         self._paths.hand_over(port).unlink(missing_ok=True)
+        self.holders.forget(port)
         shutil.rmtree(self.pins(port), ignore_errors=True)
 
     def _attach(self, port: str) -> None:

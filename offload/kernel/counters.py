@@ -180,16 +180,21 @@ def _shown(
 ) -> AfXdpChannel:
     bound = next((one for one in listed(netns) or () if (one.ifindex, one.queue) == (ifindex, queue)), None)
     taken = channels.has_consumer(port, sockets, queue)
+    levels = channels.holders.levels(port, device, queue) if taken else None
     hardware = sockets == "nic_sockets"
+    zero_copy = bound.zero_copy if bound else levels.zero_copy if levels else None
+    lost = {"rx": bound.rx_full, "fill": bound.no_chunk} if bound else {}
     return AfXdpChannel(
         kind="hardware" if hardware else "software",
         ifname=device,
         queue=queue,
-        zero_copy=bound.zero_copy if bound else None if hardware else False,
+        zero_copy=zero_copy if hardware else False,
         map_path=str(channels.pins(port) / sockets),
         map_index=queue,
         consumer=None if not taken else user_name(bound.uid) if bound else "present",
-        lost={"rx": bound.rx_full, "fill": bound.fill_empty, "unfit": bound.unfit} if bound else {},
+        lost=lost or dict(levels.lost if levels else {}),
+        filled=dict(levels.filled if levels else {}),
+        wants_waking=dict(levels.wants_waking if levels else {}),
     )
 
 

@@ -20,6 +20,7 @@ from ..xsk import abi, atomic, bound, errors, libc, umem
 from .bpf import Map
 from .channels import QUEUES, Channels
 from .ethtool import Ethtool
+from .holders import Holders
 from .links import Links
 from .netdev import XdpFeatures, xdp_features
 from .netns import OWN_NETNS, call_in
@@ -129,6 +130,23 @@ class Parcel:
     descriptors: tuple[int, ...]
     particulars: Mapping[str, Any]
 
+    def handed_to(self, pid: int) -> None:
+        """The process ``pid`` has it now."""
+
+
+@dataclass(frozen=True)
+class _SocketParcel(Parcel):
+    """A socket, whose holder is remembered."""
+
+    port: str
+    device: str
+    queue: int
+    inode: int
+    holders: Holders
+
+    def handed_to(self, pid: int) -> None:
+        self.holders.note(self.port, self.device, self.queue, pid, self.inode, self.particulars)
+
 
 class Supply:
     """Maps and sockets of AF_XDP ports for their consumers.
@@ -140,6 +158,7 @@ class Supply:
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
+        self._holders = channels.holders
 
     def channel(self, port: str, nic: str | None) -> dict[str, Any]:
         """What there is to know of a channel. Raises KernelError when it is not there."""
@@ -196,7 +215,16 @@ class Supply:
                 _fill(made, frames if nic else frames // 2)
                 sockets.update(struct.pack("=I", queue), struct.pack("=I", made.fileno()))
             kind = f"{'zero-copy' if made.zero_copy else 'copying'} socket"
-            yield Parcel(kind, (made.fileno(), made.umem.fd), made.particulars.document())
+            yield _SocketParcel(
+                kind,
+                (made.fileno(), made.umem.fd),
+                made.particulars.document(),
+                port,
+                device,
+                queue,
+                os.fstat(made.fileno()).st_ino,
+                self._holders,
+            )
 
     def _pin(self, port: str, nic: str | None) -> Path:
         return self._channels.pins(port) / ("nic_sockets" if nic else "xsks")

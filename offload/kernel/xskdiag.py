@@ -35,10 +35,9 @@ _STATS_FORM = struct.Struct("=6Q")
 
 @dataclass(frozen=True)
 class Listed:
-    """A bound socket: its device and queue, who made it, and the frames that the kernel lost on it by ring.
+    """A bound socket: its device and queue, who made it, and the frames that the kernel lost on it.
 
-    ``rx_full``: the RX ring had no room; ``fill_empty``: no chunk to put the frame into; ``unfit``: longer
-    than a chunk, or an address that is not in the UMEM.
+    ``rx_full``: the RX ring had no room; ``no_chunk``: the fill ring had none, or none that is long enough.
     """
 
     ifindex: int
@@ -46,8 +45,7 @@ class Listed:
     uid: int
     zero_copy: bool
     rx_full: int
-    fill_empty: int
-    unfit: int
+    no_chunk: int
 
 
 def listed(netns: str = OWN_NETNS) -> list[Listed] | None:
@@ -81,7 +79,7 @@ def _read(body: bytes) -> list[Listed]:
     if _INFO not in values or _UMEM not in values:
         return []  # it is not bound yet
     ifindex, queue = _TWO.unpack_from(values[_INFO])
-    dropped, invalid, full, empty, _, _ = _STATS_FORM.unpack_from(values[_STATS])
+    dropped, _, full, *_ = _STATS_FORM.unpack_from(values[_STATS])
     return [
         Listed(
             ifindex=ifindex,
@@ -89,7 +87,6 @@ def _read(body: bytes) -> list[Listed]:
             uid=number(values.get(_UID, b"")),
             zero_copy=bool(_UMEM_FORM.unpack_from(values[_UMEM])[7] & _UMEM_ZEROCOPY),
             rx_full=full,
-            fill_empty=empty,
-            unfit=dropped + invalid,
+            no_chunk=dropped,
         )
     ]

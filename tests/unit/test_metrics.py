@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from offload.errors import UsageError
 from offload.metrics import BUCKETS, Durations, MetricsServer, Scrape, Source, register, serve_metrics
-from offload.views import NicView, PortView, QueueView, SwitchView
+from offload.views import AfXdp, AfXdpChannel, NicView, PortView, QueueView, SwitchView
 from tests.unit.fake_service import DB1, LAB, NIC, QUEUES, SWITCH, WEB1
 
 GOLDEN = """\
@@ -127,12 +127,18 @@ offload_bridge_drops_total{reason="ring",switch="lab0"} 3.0
 channel hardware is on its NIC's queues.
 # TYPE offload_xsk_handed_packets_total counter
 # HELP offload_xsk_lost_packets_total Frames that the kernel lost on an AF_XDP socket since it was bound, \
-by ring: rx was full, fill was empty, unfit. Absent where the kernel does not tell; \
+by ring: rx was full, fill had no chunk. Absent where nobody can tell; \
 the port's drops as ring_full have them too.
 # TYPE offload_xsk_lost_packets_total counter
 # HELP offload_xsk_consumer 1 while somebody's socket is in the map of a channel's queue, \
 0 when nobody's is.
 # TYPE offload_xsk_consumer gauge
+# HELP offload_xsk_ring_entries Entries that are in a ring of a socket that was handed over: \
+rx, fill, tx, completion.
+# TYPE offload_xsk_ring_entries gauge
+# HELP offload_xsk_wants_waking 1 while the kernel waits for the consumer of a socket \
+that was handed over to wake it, by ring.
+# TYPE offload_xsk_wants_waking gauge
 # HELP offload_xsk_zero_copy 1 when zero copy is in force on a channel's queue, 0 when not; \
 absent when nobody can tell.
 # TYPE offload_xsk_zero_copy gauge
@@ -249,6 +255,50 @@ def scrape(server: MetricsServer, host: str = "127.0.0.1") -> str:
 
 def test_the_whole_text() -> None:
     assert generate_latest(registry_of(FakeSource())).decode() == GOLDEN
+
+
+def test_the_channels_of_an_af_xdp_port() -> None:
+    soft = AfXdpChannel(
+        kind="software",
+        ifname="xsk0",
+        queue=0,
+        zero_copy=False,
+        map_path="/m/xsks",
+        map_index=0,
+        consumer="qemu",
+        lost={"rx": 3, "fill": 2},
+        filled={"rx": 7},
+        wants_waking={"fill": True},
+    )
+    hard = soft.model_copy(
+        update={
+            "kind": "hardware",
+            "queue": 1,
+            "zero_copy": None,
+            "consumer": None,
+            "lost": {},
+            "filled": {},
+            "wants_waking": {},
+        }
+    )
+    af_xdp = AfXdp(
+        channels=[hard, soft], namespace="/n", hand_over="/h", handed={"hardware": 40, "software": 50}
+    )
+    port = WEB1.model_copy(update={"af_xdp": af_xdp})
+    text = generate_latest(registry_of(FakeSource(ports=[port]))).decode()
+    on = 'channel="software",port="web1",queue="0"'
+    told = {line for line in text.splitlines() if line.startswith("offload_xsk_")}
+    assert told == {
+        'offload_xsk_handed_packets_total{channel="hardware",port="web1",switch="ext0"} 40.0',
+        'offload_xsk_handed_packets_total{channel="software",port="web1",switch="ext0"} 50.0',
+        'offload_xsk_consumer{channel="hardware",port="web1",queue="1",switch="ext0"} 0.0',
+        f'offload_xsk_consumer{{{on},switch="ext0"}} 1.0',
+        f'offload_xsk_zero_copy{{{on},switch="ext0"}} 0.0',
+        f'offload_xsk_ring_entries{{{on},ring="rx",switch="ext0"}} 7.0',
+        f'offload_xsk_wants_waking{{{on},ring="fill",switch="ext0"}} 1.0',
+        f'offload_xsk_lost_packets_total{{{on},ring="rx",switch="ext0"}} 3.0',
+        f'offload_xsk_lost_packets_total{{{on},ring="fill",switch="ext0"}} 2.0',
+    }
 
 
 @pytest.mark.parametrize(
