@@ -90,12 +90,20 @@ class Channels:
         pins = self.pins(port)
         if not (pins / "link").exists() or not is_kept(self._paths.namespace(port)):
             return None
-        inner = self.inner(outer)
-        [pin] = pins.glob(f"{_PROGRAM}-*")
-        with Program.pinned(pin) as program:
-            attached = program.info().id == inner.xdp_prog_id
-        digest = pin.name.removeprefix(f"{_PROGRAM}-") if attached and inner.up else ""
+        try:
+            inner = self.inner(outer)
+        except KernelError:
+            return None  # somebody has moved it away
+        digest = self._attached(port, inner.xdp_prog_id) if inner.up else ""
         return inner.mac, inner.mtu, (pins / "xsks").stat().st_uid, digest
+
+    def _attached(self, port: str, program_id: int) -> str:
+        """The digest of the program that was attached last, if it is that one."""
+        for pin in self.pins(port).glob(f"{_PROGRAM}-*"):
+            with Program.pinned(pin) as program:
+                if program.info().id == program_id:
+                    return pin.name.removeprefix(f"{_PROGRAM}-")
+        return ""
 
     def make(self, name: str, port: str, mac: str, mtu: int, owner: int) -> None:
         """Make a channel with everything that belongs to it, or nothing. What was left of one goes first."""
