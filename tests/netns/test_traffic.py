@@ -444,9 +444,12 @@ def test_vm_to_vm(site: Site, name: str) -> None:
 
 
 def assert_sent_by(site: Site, name: str, before: Counter[str], path: str) -> None:
-    """Since ``before`` a port has sent all by one path, an ARP request now and then aside."""
+    """Since ``before`` a port has sent all by one path, an ARP request now and then aside.
+
+    Whoever only acknowledges sends few frames when segments are large.
+    """
     sent = site.tx(name) - before
-    assert sent.pop(path) >= 50
+    assert sent.pop(path) >= 20
     assert set(sent) <= {"bridge"}
     assert sent["bridge"] <= 10
 
