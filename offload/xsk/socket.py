@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import select
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Self
 
@@ -316,15 +316,7 @@ class Socket(Closing):
 
     def _room(self, count: int, timeout: float | None, chunks: int | None = None) -> bool:
         """Wait until it fits."""
-        end = _deadline(timeout)
-        self.reclaim()
-        while not self._fits(count, chunks=chunks):
-            if time.monotonic() >= end:
-                return False
-            self.kick()
-            time.sleep(ROOM_SECONDS)
-            self.reclaim()
-        return True
+        return self._sent_until(lambda: self._fits(count, chunks=chunks), timeout)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until there is something to receive, ``timeout`` seconds at most; whether there is.
@@ -383,9 +375,13 @@ class Socket(Closing):
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until everything was sent, ``timeout`` seconds at most; whether it was."""
+        return self._sent_until(lambda: not self.unfinished, timeout)
+
+    def _sent_until(self, enough: Callable[[], bool], timeout: float | None) -> bool:
+        """Have the kernel send until that is ``enough``, ``timeout`` seconds at most; whether it is."""
         end = _deadline(timeout)
         self.reclaim()
-        while self.unfinished:
+        while not enough():
             if time.monotonic() >= end:
                 return False
             self.kick()
