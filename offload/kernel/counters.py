@@ -23,10 +23,9 @@ from ..report import (
 )
 from ..views import AfXdp, AfXdpChannel, PythonBridgeView
 from .channels import Channels
-from .netns import OWN_NETNS
 from .sockets import user_name
 from .system import System
-from .xskdiag import listed
+from .xskdiag import Listed, listed
 
 _PATIENCE = 0.05
 """Seconds to wait for the queues' CPUs to be done with what was sent to them."""
@@ -110,12 +109,16 @@ class Meter:
         channels, paths = self._system.channels, self._system.paths
         inner = channels.inner(links[port.device or ""])
         seen = channels.counters(name)
-        shown = [_shown(channels, name, "xsks", INNER, inner.ifindex, 0, channels.namespace(name))]
+        bound = listed(channels.namespace(name))
+        shown = [_shown(channels, name, "xsks", INNER, inner.ifindex, 0, bound)]
         nic = links.get(uplink or "")
         if nic and channels.owner(name, "nic_sockets") is not None:
-            queues = range(self._system.rx_queues(nic))
+            bound = listed()
             shown = [
-                *(_shown(channels, name, "nic_sockets", nic.name, nic.ifindex, queue) for queue in queues),
+                *(
+                    _shown(channels, name, "nic_sockets", nic.name, nic.ifindex, queue, bound)
+                    for queue in range(self._system.rx_queues(nic))
+                ),
                 *shown,
             ]
         return ChannelReading(
@@ -176,9 +179,16 @@ def _python_bridge(run_dir: Path, switch: str) -> PythonBridgeView:
 
 
 def _shown(
-    channels: Channels, port: str, sockets: str, device: str, ifindex: int, queue: int, netns: str = OWN_NETNS
+    channels: Channels,
+    port: str,
+    sockets: str,
+    device: str,
+    ifindex: int,
+    queue: int,
+    there: list[Listed] | None,
 ) -> AfXdpChannel:
-    bound = next((one for one in listed(netns) or () if (one.ifindex, one.queue) == (ifindex, queue)), None)
+    """One queue of a channel; ``there``: the sockets of its namespace, ``None`` where nobody tells."""
+    bound = next((one for one in there or () if (one.ifindex, one.queue) == (ifindex, queue)), None)
     taken = channels.has_consumer(port, sockets, queue)
     levels = channels.holders.levels(port, device, queue) if taken else None
     hardware = sockets == "nic_sockets"
