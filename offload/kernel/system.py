@@ -10,9 +10,10 @@ import logging
 import platform
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from types import TracebackType
 from typing import Self, cast
 
@@ -309,11 +310,12 @@ class System:
                 state[PythonBridge(switch)] = True
         asked = {*wanted, *originals}
         state |= self.hostnet.observe(asked)
+        features = cache(self._ethtool.features)  # a device has a dozen that are asked for
         for resource in asked:
             if isinstance(resource, DeviceResource) and resource not in state:
                 link_now = by_index.get(resource.ifindex)
                 if link_now and link_now.name == resource.device:
-                    self._observe_setting(state, resource, link_now)
+                    self._observe_setting(state, resource, link_now, features)
         return state
 
     def _observe_devices(self, facts: Facts) -> Iterator[tuple[Resource, Value]]:
@@ -367,7 +369,13 @@ class System:
             if owner is not None and plane.nic_sockets(port_id):
                 state[NicSockets(record.name)] = (port_id, owner)
 
-    def _observe_setting(self, state: dict[Resource, Value], resource: DeviceResource, link: Link) -> None:
+    def _observe_setting(
+        self,
+        state: dict[Resource, Value],
+        resource: DeviceResource,
+        link: Link,
+        features: Callable[[str], Mapping[str, tuple[bool, bool]]],
+    ) -> None:
         match resource:
             case AdminUp():
                 state[resource] = link.up
@@ -377,7 +385,7 @@ class System:
                 # Where there is no IPv6 there is nothing to switch off.
                 state[resource] = self.links.ipv6_disabled(link.name) is not False
             case Feature(feature=feature):
-                state[resource] = self._ethtool.features(link.name)[feature][0]
+                state[resource] = features(link.name)[feature][0]
             case PeerFeature(feature=feature):
                 try:
                     state[resource] = self._peers.find(link).features()[feature][0]
