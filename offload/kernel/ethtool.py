@@ -130,6 +130,13 @@ class Ethtool(Closing):
         _, max_rx, max_tx, _, max_combined, rx, tx, _, combined = _CHANNELS.unpack(data)
         return Channels(rx, tx, combined, max_rx, max_tx, max_combined)
 
+    def rx_queues(self, link: Link) -> int:
+        """RX queues of a device that are in use."""
+        try:
+            return self.channels(link.name).rx_queues
+        except UnsupportedError:
+            return link.rx_queues  # its driver cannot change their number
+
     def name(self, ifindex: int) -> str:
         """The name of the device with this ifindex."""
         with explained(f"ifindex {ifindex}", "look up its name"):

@@ -165,7 +165,8 @@ class Supply:
         with self._there(port):
             if nic:
                 with Ethtool() as ethtool, Links() as links:
-                    queues, mtu = ethtool.channels(nic).rx_queues, links.snapshot()[nic].mtu
+                    link = links.snapshot()[nic]
+                    queues, mtu = ethtool.rx_queues(link), link.mtu
             else:
                 queues, mtu = QUEUES, self._mtu(port)
             return {

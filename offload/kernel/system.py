@@ -138,10 +138,7 @@ class System:
 
     def rx_queues(self, nic: Link) -> int:
         """RX queues of a device that are in use."""
-        try:
-            return self._ethtool.channels(nic.name).rx_queues
-        except UnsupportedError:
-            return nic.rx_queues  # its driver cannot change their number
+        return self._ethtool.rx_queues(nic)
 
     # Facts
 
