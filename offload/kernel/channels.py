@@ -141,7 +141,7 @@ class Channels:
 
     def remove(self, name: str, port: str) -> None:
         """Remove a channel, whatever is there of it. Idempotent."""
-        device = self._links.snapshot().get(name)
+        device = self._links.find(name)
         if device and device.alias == self._alias:
             self._links.delete_link(device.ifindex)
         let_go(self._paths.namespace(port))

@@ -263,7 +263,19 @@ class Links(Closing):
     def ifindex(self, name: str) -> int:
         """The number of the device ``name``."""
         with explained(name, "look it up"):
-            return _link(self._route.get(RTM_GETLINK, _message(ifinfmsg, ("IFLA_IFNAME", name)))).ifindex
+            return self._named(name).ifindex
+
+    def find(self, name: str) -> Link | None:
+        """The device ``name`` without its master's name, ``None`` when there is none. Lists no others."""
+        try:
+            return self._named(name)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return None
+            raise explain(error, name, "look it up") from error
+
+    def _named(self, name: str) -> Link:
+        return _link(self._route.get(RTM_GETLINK, _message(ifinfmsg, ("IFLA_IFNAME", name))))
 
     def set_mac(self, ifindex: int, mac: str) -> None:
         self._set(ifindex, f"give it the MAC {mac}", ("IFLA_ADDRESS", mac))

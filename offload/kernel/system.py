@@ -426,7 +426,7 @@ class System:
             case Feature(device, _, feature):
                 self._ethtool.set_feature(device, feature, bool(change.after))
             case PeerFeature(device, _, feature):
-                link = self.links.snapshot().get(device)
+                link = self.links.find(device)
                 if link is None:
                     raise KernelError(f"there is no device {device} any more")
                 self._peers.find(link).set_feature(feature, bool(change.after))
