@@ -36,12 +36,16 @@ class Layout:
             raise ValueError(f"fields {sorted(fields)} given for a struct of {sorted(names)}")
         return bytes(self._type(**fields))
 
+    def per_cpu_size(self, cpus: int) -> int:
+        """Bytes of a per-CPU value of so many CPUs: each CPU's part is rounded up to 8."""
+        return -(-self.size // 8) * 8 * cpus
+
     def total(self, raw: bytes) -> dict[str, Any]:
-        """Field by field the sum over CPUs of a per-CPU value, each CPU's part rounded up to 8 bytes.
+        """Field by field the sum over CPUs of a per-CPU value of ``per_cpu_size`` bytes.
 
         For structs of 64-bit counters only.
         """
-        step = -(-self.size // 8)
+        step = self.per_cpu_size(1) // 8
         words = memoryview(raw).cast("Q")
         sums = [sum(words[index::step]) for index in range(step)]
         return _as_dict(self._type.from_buffer_copy(b"".join(word.to_bytes(8, "little") for word in sums)))

@@ -249,6 +249,11 @@ class _Handle(Closing):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _call("bpf_obj_pin", self.fd, os.fsencode(path), doing=f"pin {path}")
 
+    def pin_anew(self, path: Path) -> None:
+        """As ``pin``, in place of what is pinned there."""
+        path.unlink(missing_ok=True)
+        self.pin(path)
+
     @classmethod
     def pinned(cls, path: Path) -> Self:
         """The object pinned at ``path``; ``FileNotFoundError`` when there is none."""

@@ -23,6 +23,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ..paths import Paths
 from .abi import Layout
 from .bpf import XDP_FLAGS_DRV_MODE, AttachType, Link, Map, Program, possible_cpus
 from .btf import LIBXDP_MAP, LIBXDP_PROGRAM, like_libxdp
-from .compile import compiled
+from .compile import Artifact, compiled
 from .holders import Holders
 from .links import Links
 from .netns import as_init_sees, call_in, is_kept, keep_new, let_go
@@ -57,9 +58,15 @@ class Channels:
         self._links = links
         self._alias = alias
         self.holders = Holders(paths)
-        self._artifact = compiled("channel.c", {"MAX_CHANNEL_QUEUES": QUEUES}, paths.cache)
-        self._counters = Layout(self._artifact.maps["channel_counters"].value)
-        self._possible_cpus = possible_cpus()
+
+    @cached_property
+    def _artifact(self) -> Artifact:
+        """Not compiled before there is an AF_XDP port."""
+        return compiled("channel.c", {"MAX_CHANNEL_QUEUES": QUEUES}, self._paths.cache)
+
+    @cached_property
+    def _counters(self) -> Layout:
+        return Layout(self._artifact.maps["channel_counters"].value)
 
     @property
     def digest(self) -> str:
@@ -200,7 +207,7 @@ class Channels:
         with Map.pinned(pin) as sockets:
             spec = self._artifact.programs[_PROBE]
             with Program.load(_PROBE, spec, {"xsks": sockets}, AttachType.XDP, frags=True) as probe:
-                _pin_anew(probe, pin.with_name(f"{name}_probe"))
+                probe.pin_anew(pin.with_name(f"{name}_probe"))
 
     def has_consumer(self, port: str, name: str = "xsks", queue: int = 0) -> bool:
         """Whether somebody's socket is in a slot of a map, which user space cannot read from the map."""
@@ -232,14 +239,9 @@ class Channels:
 
     def counters(self, port: str) -> dict[str, Any]:
         """What the program at the inner end saw, with the fields of ``struct channel_counters``."""
-        size = -(-self._counters.size // 8) * 8 * self._possible_cpus
+        size = self._counters.per_cpu_size(possible_cpus())
         with Map.pinned(self.pins(port) / "channel_counters") as counters:
             raw = counters.lookup(_U32.pack(0), size)
         if raw is None:
             raise KernelError(f"the counters of port {port} are gone")
         return self._counters.total(raw)
-
-
-def _pin_anew(program: Program, pin: Path) -> None:
-    pin.unlink(missing_ok=True)
-    program.pin(pin)

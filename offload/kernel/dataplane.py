@@ -313,9 +313,7 @@ class Dataplane:
                 spec = self.vmq.programs[name]
                 programs[name] = Program.load(label, spec, {**self._maps, **maps}, attach, frags=True)
                 undo.callback(programs[name].close)
-                pin = directory / f"{name}_program"
-                pin.unlink(missing_ok=True)
-                programs[name].pin(pin)
+                programs[name].pin_anew(directory / f"{name}_program")
             undo.pop_all()
         return programs
 
@@ -661,7 +659,7 @@ class Dataplane:
         return self.layouts["nic_counters"].total(raw)
 
     def _counter_bytes(self, name: str) -> int:
-        return -(-self.layouts[name].size // 8) * 8 * self._possible_cpus
+        return self.layouts[name].per_cpu_size(self._possible_cpus)
 
     def remove_everything(self) -> None:
         """Remove every pin of ours. Call when nothing is attached any more."""

@@ -354,7 +354,7 @@ class _Twins(Closing):
 
     def _take(self, name: str, row: int) -> str | None:
         layout, counters = self._plane.layouts[name], self._own[name]
-        size = -(-layout.size // 8) * 8 * possible_cpus()
+        size = layout.per_cpu_size(possible_cpus())
         raw = counters.lookup(_U32.pack(row), size)
         if raw is None or not any(raw):
             return None
