@@ -17,6 +17,8 @@
 /* A port's queue is served on whichever CPU the NIC's own RX queue runs. */
 #define CPU_OF_NIC 0xffffffffu
 
+#define NO_PORT 0xffffffffu
+
 /* Port flags. */
 #define PORT_RUNNING  (1u << 0) /* frames may be handed over; otherwise all go to the bridge */
 #define PORT_TRUNK    (1u << 1) /* a second tag under a VID of the trunk's is the guest's own business */
@@ -28,6 +30,8 @@
 #define PORT_FRAGS_POSSIBLE (1u << 3)
 #define PORT_BYPASS (1u << 4) /* tc may hand it frames past the bridge */
 #define PORT_SOCKETS (1u << 5) /* an AF_XDP port with sockets on the NIC's own queues */
+#define PORT_GRO     (1u << 6) /* frames are left to the stack's GRO, and tc hands over what it makes of them */
+#define PORT_GRO_TCP (1u << 7) /* those of TCP are */
 
 /* One row of the port table. Two aligned words, each of which is stored whole. */
 struct port {
@@ -56,6 +60,9 @@ struct port_counters {
 	struct tally queued;   /* NIC's CPU: sent to the queue's CPU */
 	struct tally handed;   /* queue's CPU: handed to the device */
 	struct tally returned; /* queue's CPU: given to the bridge after all */
+	struct tally left;     /* NIC's CPU: left to GRO */
+	struct tally merged;   /* tc: what came out of GRO, handed to the device past the bridge */
+	__u64 merged_buffers;  /* in how many pieces that came */
 	struct tally bridged;  /* tc: the bridge's frames that the port's mode admits */
 	struct tally local;    /* tc: handed over by another port of the switch, past the bridge */
 	/* From the port. */
@@ -93,12 +100,27 @@ struct channel_counters {
 	struct tally no_consumer; /* dropped: nobody had put a socket there */
 };
 
+/* What a virtual function of a NIC serves: one row for each. */
+struct served {
+	__u32 port; /* whose frames the NIC sorts into it; NO_PORT: nobody's */
+	__u16 vid;  /* of the tag that the NIC took off; 0: none */
+	__u16 unused;
+};
+
+/* What a virtual function had and did not deliver. One copy per CPU. */
+struct function_counters {
+	struct tally group;    /* dropped: the NIC itself has it as well */
+	struct tally stranger; /* dropped: for nobody whom it serves */
+	struct tally passed;   /* given to the NIC, as if it had come in there */
+};
+
 /* What a device is to its switch. */
 #define MEMBER_PORT    1 /* a VM's tap, or the host's end of its veth */
 #define MEMBER_HOST    2 /* the switch's end of the host's own interface */
 #define MEMBER_UPLINK  3 /* the NIC */
 #define MEMBER_CONDUIT 4 /* the outer end of a Python bridge */
 #define MEMBER_SILENT  5 /* neither hears nor speaks: a bridge device, a conduit's inner end */
+#define MEMBER_FUNCTION 6 /* a virtual function of the NIC; its port is the uplink's, its pvid the VLAN's */
 
 /* What a member may do. */
 #define ALLOW_SPOOFING   (1u << 0) /* send from any address */
@@ -118,8 +140,6 @@ struct member {
 	__u16 pvid;    /* VID of frames without a tag; 0: they stay without */
 	__u16 unused;
 };
-
-#define NO_PORT 0xffffffffu
 
 /* Unknown unicast goes to the bridge: a port may have addresses behind it that nobody declared. */
 #define NETWORK_ASK_BRIDGE (1u << 0)

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Ethernet and VLAN tags (IEEE 802.3, 802.1Q-2018 clause 9), read only.
+ * Ethernet and VLAN tags (IEEE 802.3, 802.1Q-2018 clause 9), and what is behind them, read only.
  */
 #ifndef OFFLOAD_PARSE_H
 #define OFFLOAD_PARSE_H
 
 #include <linux/types.h>
 #include <linux/if_ether.h>
+#include <linux/in.h>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "MACs are read as little-endian words"
@@ -17,6 +18,11 @@
 #define VID_MASK 0x0fff /* of the TCI; PCP and DEI are above */
 #define MAC_MASK 0xffffffffffffull
 #define GROUP_BIT 1ull /* of the first byte on the wire: multicast and broadcast */
+
+/* Sizes and places in the headers of RFC 791, 3.1, and RFC 8200, 3. */
+#define IPV4_BYTES 20
+#define IPV4_PROTOCOL 9
+#define IPV6_NEXT_HEADER 6
 
 struct vlan_tag {
 	__be16 tci;
@@ -62,6 +68,22 @@ static __always_inline int parse_frame(const void *data, const void *end, struct
 	}
 	frame->tags = tags;
 	return 0;
+}
+
+/*
+ * Whether this is TCP over IPv4 or IPv6, fragments of IPv4 included, so that no flow of them is split in two.
+ * Behind IPv6 extension headers or a second tag nothing is looked for: those flows are not TCP all along.
+ */
+static __always_inline int is_tcp(const void *data, const void *end, int tagged)
+{
+	const __u8 *network = data + sizeof(struct ethhdr) + (tagged ? sizeof(struct vlan_tag) : 0);
+	const __be16 *type = (const void *)network - sizeof(*type);
+
+	if ((const void *)(network + IPV4_BYTES) > end)
+		return 0;
+	if (*type == be16(ETH_P_IP))
+		return network[IPV4_PROTOCOL] == IPPROTO_TCP;
+	return *type == be16(ETH_P_IPV6) && network[IPV6_NEXT_HEADER] == IPPROTO_TCP;
 }
 
 /*

@@ -21,7 +21,8 @@
  *   1. an 802.1ad tag, a second tag behind VID 0, the bridge's own VID -> drop
  *   2. a VID 0 tag taken off; a station that is heard here is away from now on
  *   3. to the host                                                -> its interface
- *   4. anything else                                              -> bridge
+ *   4. to a port that has frames merged (GRO), which they are now -> its device
+ *   5. anything else                                              -> bridge
  *
  * guard   egress of a port's device: what anybody sends towards a VM or the host
  *   1. what the host's own stack sends on the device              -> drop
@@ -29,6 +30,10 @@
  *   3. to 01:80:c2:00:00:0x                                       -> drop
  *   4. to an address that is somebody else's: flooded             -> ends here
  *   5. the tag taken off where the port has it not                -> deliver
+ *
+ * strayed ingress of a NIC's virtual function: what XDP did not deliver there
+ *   1. to a group, which the NIC has too, or to nobody here       -> drop
+ *   2. the tag put back that the NIC took off                     -> the NIC, as if it had come in there
  *
  * unwrap  ingress of a conduit: what a Python bridge sends, with the port to go out of as an 802.1ad tag
  * silence both ways of a device that neither hears nor speaks     -> drop
@@ -71,8 +76,9 @@ struct news_table_t {
 };
 __attribute__((section("maps/ringbuf"))) struct news_table_t news = { .max_entries = NEWS_BYTES };
 
-/* In skb->tc_index, between the ingress of one port and the egress of another. */
+/* In skb->tc_index, between the ingress of one device and the egress of another. */
 #define PAST_BRIDGE 1
+#define MERGED 2 /* the same, from the wire by way of GRO */
 
 /* A frame as it is read from its skb. */
 struct sent_frame {
@@ -291,9 +297,33 @@ drop:
 	return TC_ACT_SHOT;
 }
 
+/*
+ * Generic XDP with a program that takes several buffers copies a frame and forgets how long its MAC header is
+ * (skb_pp_cow_data() in net/core/skbuff.c, since Linux 6.9): the frame seems to begin behind it. The length
+ * without that header, which tc takes before it looks for it, tells that this has not happened.
+ */
+static __always_inline int restore_mac_header(struct __sk_buff *skb)
+{
+	__u16 begin[ETH_HLEN / 2], mac[ETH_HLEN / 2], differ = 0;
+
+	if (skb->len == skb->wire_len + ETH_HLEN)
+		return 0;
+	if (bpf_skb_load_bytes_relative(skb, 0, mac, ETH_HLEN, BPF_HDR_START_MAC) < 0 ||
+	    bpf_skb_load_bytes(skb, 0, begin, ETH_HLEN) < 0)
+		return -1;
+	#pragma unroll
+	for (int i = 0; i < ETH_HLEN / 2; i++)
+		differ |= begin[i] ^ mac[i];
+	if (!differ)
+		return 0;
+	if (bpf_skb_change_head(skb, ETH_HLEN, 0) < 0)
+		return -1;
+	return bpf_skb_store_bytes(skb, 0, mac, ETH_HLEN, 0);
+}
+
 int wire(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex, target = 0;
+	__u32 ifindex = skb->ifindex, target = 0, merges = 0;
 	struct port_counters *counters;
 	struct sent_frame frame;
 	struct station *station;
@@ -311,7 +341,7 @@ int wire(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	skb->tc_index = 0;
 
-	if (read_frame(skb, &frame) < 0)
+	if (restore_mac_header(skb) < 0 || read_frame(skb, &frame) < 0)
 		goto drop;
 	vid = frame.tags.vid;
 	if (tags_refused(&frame.tags, 1, 0) || (vid && vid == network->untagged))
@@ -330,11 +360,13 @@ int wire(struct __sk_buff *skb)
 	station = frame.dst & GROUP_BIT ? 0 : find_station(member->network, frame.dst, vid);
 	if (station && station->state == STATION_HERE && member->flags & MEMBER_BYPASS) {
 		owner = members.lookup(&station->ifindex);
-		if (owner && owner->role == MEMBER_HOST)
+		port = ports.lookup(&station->port);
+		merges = port && port->flags & PORT_RUNNING && port->flags & (PORT_GRO | PORT_GRO_TCP);
+		if (owner && (owner->role == MEMBER_HOST || merges))
 			target = device_of(skb, station->port);
 	}
 	if (target) {
-		skb->tc_index = PAST_BRIDGE;
+		skb->tc_index = merges ? MERGED : PAST_BRIDGE;
 		count(&counters->tx_local, &frame);
 		return bpf_redirect(target, 0);
 	}
@@ -347,7 +379,7 @@ drop:
 
 int guard(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex, past_bridge = skb->tc_index == PAST_BRIDGE;
+	__u32 ifindex = skb->ifindex, way = skb->tc_index;
 	struct port_counters *counters;
 	struct sent_frame frame;
 	struct station *station;
@@ -390,11 +422,36 @@ int guard(struct __sk_buff *skb)
 	dropped = &counters->vlan_bridge;
 	if (frame.tags.tagged && (vid == 0 || vid == member->pvid) && bpf_skb_vlan_pop(skb) < 0)
 		goto drop;
-	count(past_bridge ? &counters->local : &counters->bridged, &frame);
+	if (way == MERGED)
+		counters->merged_buffers++;
+	count(way == MERGED ? &counters->merged : way == PAST_BRIDGE ? &counters->local : &counters->bridged,
+	      &frame);
 	return TC_ACT_UNSPEC;
 drop:
 	*dropped += skb->gso_segs ?: 1;
 	return TC_ACT_SHOT;
+}
+
+int strayed(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct sent_frame frame;
+	struct member *member;
+	struct port *uplink;
+
+	member = members.lookup(&ifindex);
+	if (!member)
+		return TC_ACT_SHOT;
+	uplink = ports.lookup(&member->port);
+	if (!uplink || restore_mac_header(skb) < 0 || read_frame(skb, &frame) < 0)
+		return TC_ACT_SHOT;
+	if (frame.dst & GROUP_BIT || frame.tags.vid || !find_station(member->network, frame.dst, member->pvid))
+		return TC_ACT_SHOT;
+	if (frame.tags.tagged && bpf_skb_vlan_pop(skb) < 0)
+		return TC_ACT_SHOT;
+	if (member->pvid && bpf_skb_vlan_push(skb, be16(ETH_P_8021Q), (frame.tci & ~VID_MASK) | member->pvid) < 0)
+		return TC_ACT_SHOT;
+	return bpf_redirect(uplink->ifindex, BPF_F_INGRESS);
 }
 
 int unwrap(struct __sk_buff *skb)

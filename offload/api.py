@@ -7,6 +7,7 @@ the HTTP status of its class, so that a client can raise the same error again.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from offload.views import (
     PortView,
     ProblemBody,
     ProblemItem,
+    QueueEvent,
     QueueView,
     StatusView,
     SwitchView,
@@ -80,6 +82,10 @@ class Service(Protocol):
     async def ports(self) -> list[PortView]: ...
 
     async def queues(self) -> list[QueueView]: ...
+
+    async def events(self) -> list[QueueEvent]:
+        """What happened to VM queues, as far as it is kept, the newest last."""
+        ...
 
     async def apply(self, text: str, source: str, dry_run: bool, confirm_within: float) -> Outcome:
         """Put the config ``text`` in force, all of it or none. ``source`` names it in errors.
@@ -210,6 +216,11 @@ def _add_reading_routes(app: FastAPI, service: Service) -> None:
     async def queues() -> list[QueueView]:
         """The queues of all NICs, the default queues included."""
         return await service.queues()
+
+    @app.get("/v1/events")
+    async def events() -> list[QueueEvent]:
+        """What happened to VM queues, the newest last. The last thousand since the daemon started."""
+        return await service.events()
 
 
 def _add_changing_routes(app: FastAPI, service: Service) -> None:
@@ -345,6 +356,7 @@ class ApiServer(uvicorn.Server):
                 app,
                 log_config=None,
                 access_log=False,
+                date_header=False,
                 lifespan="off",
                 ws="none",
                 timeout_graceful_shutdown=5,
@@ -353,6 +365,8 @@ class ApiServer(uvicorn.Server):
         self.socket_path = socket_path
         self._listener = unix.listen(socket_path, SOCKET_MODE)
         self._named = True
+        self._stopped = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -366,14 +380,23 @@ class ApiServer(uvicorn.Server):
         finally:
             self.close()
 
+    async def main_loop(self) -> None:
+        """Wait for ``stop()``: uvicorn's own looks for something to do ten times a second."""
+        self._loop = asyncio.get_running_loop()
+        if not await self.on_tick(0):  # it makes the headers of all answers
+            await self._stopped.wait()
+        self._loop = None
+
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
         """Take the name away first: once we stop answering, the next daemon may take it."""
         self._unlink()
         await super().shutdown(sockets)
 
     def stop(self) -> None:
-        """Finish the requests under way and return from ``serve()``. Idempotent."""
+        """Finish the requests under way and return from ``serve()``. Idempotent, from any thread."""
         self.should_exit = True
+        if loop := self._loop:
+            loop.call_soon_threadsafe(self._stopped.set)
 
     def close(self) -> None:
         """Remove and close the socket, whether it was ever served or not. Idempotent."""

@@ -7,16 +7,18 @@ table or JSON. What takes long to import is imported inside the commands, so tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -182,7 +184,6 @@ def check(file: str, as_json: bool) -> None:
     try:
         parsed = config.parse(text, source)
         warnings = [str(warning) for warning in config.warnings(parsed)]
-        config.require_supported(parsed, source)
     except OffloadError as error:
         problem = error
     if as_json:
@@ -369,7 +370,7 @@ def doctor(probe: bool, as_json: bool, paths: Paths) -> None:
     """Say what this host and its NICs can do, and what to mend.
 
     Needs read access; some findings need root. Changes nothing; --probe may insert a
-    harmless rule and remove it again. The exit code says whether the examination took
+    rule into a NIC that no frame fits, and remove it again. The exit code says whether the examination took
     place, not how it went: that is `level` in the JSON (ok, warn or fail).
 
     \b
@@ -450,12 +451,14 @@ def status(as_json: bool, paths: Paths) -> None:
 def nics(names: tuple[str, ...], as_json: bool, paths: Paths) -> None:
     """Show the NICs: XDP mode in force, program, filters.
 
-    Also what went to the default queue, and why. Needs the running daemon. With NAMEs, only these.
+    Also the NIC's own RX queues, whether it has hardware queues for VMs, and what went to the default
+    queue, and why. What else it can do is in the JSON, and `offload doctor` says it in words. Needs the
+    running daemon. With NAMEs, only these.
 
     \b
     Examples:
       sudo offload nics
-      sudo offload nics eth1 --json | jq '.[0].default_queue'
+      sudo offload nics eth1 --json | jq '.[0].hardware_queues, .[0].capabilities.zero_copy'
     """
     from offload import tables
 
@@ -521,29 +524,105 @@ def ports(names: tuple[str, ...], as_json: bool, paths: Paths) -> None:
 @click.option(
     "--nic", "nic", metavar="NAME", shell_complete=_complete("nics"), help="Only the queues of this NIC."
 )
+@click.option("--events", "as_events", is_flag=True, help="Show what happened to them, the newest last.")
 @_json_option
 @_instance_options
-def queues(nic: str | None, as_json: bool, paths: Paths) -> None:
+def queues(nic: str | None, as_events: bool, as_json: bool, paths: Paths) -> None:
     """Show the queues: kind, state, CPU, ports, traffic.
 
     Needs the running daemon. Queue 0 is the default queue, which takes whatever matches
     no filter. A software queue is one that XDP fills, a hardware queue one that the NIC fills.
 
     \b
+    allocated  it has its number and its CPU; its device is away, or was not heard yet
+    set        its filters stand, and nothing goes through it: its CPU is offline, or
+               the NIC does not sort frames there yet
+    running    frames go through it
+    paused     its port's device is down
+
+    --events shows the last thousand changes of states and CPUs since the daemon started.
+
+    \b
     Examples:
       sudo offload queues
       sudo offload queues --nic eth1 --json
+      sudo offload queues --events
     """
     from offload import tables
 
     with _connect(paths) as client:
         views = [view for view in client.queues() if nic in (None, view.nic)]
-    if nic is not None and not views:
+        events = [event for event in client.events() if nic in (None, event.nic)] if as_events else []
+    if nic is not None and not views and not events:
         raise UsageError(f"{nic}: there is no such nic; `offload nics` lists them")
     if as_json:
-        _print_views(views)
+        _print_views(events if as_events else views)
+    elif as_events:
+        tables.events(events)
     else:
         tables.queues(views)
+
+
+@main.command()
+@_names_argument("ports")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600),
+    default=1.0,
+    metavar="SECONDS",
+    help="How long to look each time (1 unless given).",
+)
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after so many looks.")
+@click.option(
+    "--sort",
+    type=click.Choice(("rate", "bytes", "drops", "name")),
+    default="rate",
+    help="What comes first: the most frames (rate), bytes or drops; or by name.",
+)
+@_json_option
+@_instance_options
+def top(
+    names: tuple[str, ...],
+    interval: float,
+    count: int | None,
+    sort: Literal["rate", "bytes", "drops", "name"],
+    as_json: bool,
+    paths: Paths,
+) -> None:
+    """Watch ports, queues and CPUs: frames, bits and drops per second.
+
+    On a terminal the screen is drawn anew at each look, and q or Ctrl-C ends it; a daemon that is
+    started anew is waited for. Elsewhere each look is printed below the one before. With --json there is
+    one look, and one document. Needs the running daemon. With NAMEs, only these ports and their
+    queues. rx is towards the VM; RX BY says which path the frames took.
+
+    The CPUs are all that are online here, busy with whatever it may be: queues without a CPU of
+    their own are served by those that the NIC's interrupts go to.
+
+    \b
+    Examples:
+      sudo offload top
+      sudo offload top --sort drops --interval 5
+      sudo offload top web1 --json | jq '.ports[0].rx'
+    """
+    from offload import tables
+    from offload import top as rates
+
+    if as_json and count is not None:
+        raise UsageError("--json is one document of one look: leave out --count, or call it again")
+    live = not as_json and sys.stdout.isatty()
+    number = 1 if as_json else count
+    with _connect(paths) as client, contextlib.suppress(KeyboardInterrupt):
+        _only(names, client.ports(), "port")
+        with rates.keys() as wait, tables.Screen(live) as screen:
+            found = rates.follow(client, names, lambda: wait(interval), patient=live)
+            for view in itertools.islice(found, number):
+                if isinstance(view, Exception):
+                    screen.show(view)
+                elif as_json:
+                    _print_json(view.model_dump(mode="json"))
+                else:
+                    screen.show(rates.ordered(view, sort))
 
 
 # One frame
@@ -596,18 +675,17 @@ def _mac(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str
 @click.option(
     "--type",
     "kind",
-    type=click.Choice(["plain", "dhcp-server", "router-advertisement"]),
+    type=click.Choice(["plain", "tcp", "dhcp-server", "router-advertisement"]),
     default="plain",
     show_default=True,
-    help="What it carries, for the guards.",
+    help="What it carries, for the guards and for GRO.",
 )
 @click.option(
     "--rx-queue",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
     metavar="N",
-    help="The NIC's RX queue on which it arrives: an AF_XDP port may have a socket there.",
+    help="The NIC's RX queue on which it arrives: an AF_XDP port may have a socket there.  [default: that of "
+    "a rule in the NIC, or 0]",
 )
 @_json_option
 @_instance_options
@@ -634,6 +712,9 @@ def explain(
       host    to the host's own stack
       uplink  to the wire, past the bridge
       drop    nowhere; the port's counters have it
+
+    A NIC that sorts frames itself is read, and told of first: a rule of its, or a virtual function,
+    whose program the frame then meets.
 
     Not tried is what comes after the hand-over: a full ring, a device that is down, the bridge's
     own table, other people's programs. A frame from the wire is taken to arrive on another CPU
@@ -695,6 +776,7 @@ def _port_options(command: Command) -> Command:
         vlan: str | None,
         queue: str | None,
         cpu: str | None,
+        delivery: str | None,
         weight: int | None,
         allow: tuple[str, ...],
         deny: tuple[str, ...],
@@ -715,6 +797,7 @@ def _port_options(command: Command) -> Command:
             "mac": mac[0] if len(mac) == 1 else list(mac) or None,
             "queue": queue,
             "cpu": int(cpu) if cpu is not None and cpu.isdecimal() else cpu,
+            "delivery": delivery,
             "weight": weight,
             "allow": {**dict.fromkeys(allow, True), **dict.fromkeys(deny, False)} or None,
         }
@@ -736,6 +819,11 @@ def _port_options(command: Command) -> Command:
             help="Switch a guard off: what the VM may send besides; may be given again.",
         ),
         click.option("--weight", type=click.IntRange(0, 100), help="Who gets a queue first; 0: no queue."),
+        click.option(
+            "--delivery",
+            type=click.Choice(["auto", "frames", "gro"]),
+            help="Each frame as it comes, or merged first (GRO).",
+        ),
         click.option("--cpu", metavar="auto|nic|CPU", help="The CPU that serves the queue."),
         click.option(
             "--queue", type=click.Choice(["auto", "hardware", "software", "off"]), help="What queue it gets."

@@ -32,6 +32,7 @@ from offload.views import (
     Outcome,
     PortView,
     ProblemBody,
+    QueueEvent,
     QueueView,
     StatusView,
     SwitchView,
@@ -100,6 +101,10 @@ class Client(Closing):
     def queues(self) -> list[QueueView]:
         """The queues of all NICs, the default queues included."""
         return self._ask("GET", "/v1/queues", list[QueueView])
+
+    def events(self) -> list[QueueEvent]:
+        """What happened to VM queues, as far as it is kept, the newest last."""
+        return self._ask("GET", "/v1/events", list[QueueEvent])
 
     def apply(
         self, text: str, source: str, dry_run: bool = False, confirm_within: float = DEFAULT_WITHIN

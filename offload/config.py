@@ -28,7 +28,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 
 from offload.document import Document, Location, dotted, load
-from offload.errors import ConfigError, Problem, UnsupportedError, UsageError
+from offload.errors import ConfigError, Problem, UsageError
 
 MAX_FILTERS = 65_536
 """Most filters (MAC and VID) on one NIC: the size of the classifier's table."""
@@ -175,6 +175,8 @@ class VlanMode:
     @property
     def vids(self) -> tuple[int, ...]:
         """Every VID that a filter is needed for, in order. 0 stands for untagged and priority-tagged."""
+        if not self.trunk:
+            return () if self.native is None else (self.native,)
         return tuple(sorted(self.trunk if self.native is None else self.trunk | {self.native}))
 
     def __str__(self) -> str:
@@ -348,12 +350,15 @@ class QueuesConfig(_Model):
 
     ``cpus``: those that queues may use, ``None`` for any. ``max``: most VM queues,
     ``None`` for all hardware ones and any number of software ones. ``rebalance``: busy
-    queues move to idle CPUs.
+    queues move to idle CPUs. ``vf_xdp_mode``: the NIC's SR-IOV virtual functions may be queues, with XDP
+    on them in this mode; ``None``: they are left alone. ``vfs``: how many to make, ``None`` for all.
     """
 
     cpus: Annotated[tuple[int, ...] | None, BeforeValidator(_cpus)] = None
     max: Annotated[int, Field(ge=0)] | None = None
     rebalance: bool = False
+    vf_xdp_mode: Literal["native", "generic"] | None = None
+    vfs: Annotated[int, Field(ge=1, le=256)] | None = None
 
 
 class NicConfig(_Model):
@@ -434,7 +439,9 @@ class PortConfig(_Model):
     ``mac`` holds lower-case addresses with colons, or ``auto`` until ``macs.resolve_auto``.
     ``cpu``: ``auto`` (the product picks one), a number, or ``nic``. ``nic`` is an extension
     of ours: the frame is delivered on whichever CPU the NIC's RX queue runs on, without
-    the hop to a CPU of the queue's own. ``weight`` is 0 to 100; 0 means no queue.
+    the hop to a CPU of the queue's own. ``delivery``: the device gets each frame as it comes (``frames``),
+    or merged with its neighbours (``gro``), or TCP merged while that is worth it (``auto``).
+    ``weight`` is 0 to 100; 0 means no queue.
     """
 
     switch: str = Field(description="the name of a switch")
@@ -485,14 +492,46 @@ def parse_port(name: str, port: str | Mapping[str, object], source: str) -> Port
     return config.ports[name]
 
 
-def merge_ports(config: Config, extra: Mapping[str, PortConfig], source: str = "config") -> Config:
-    """``config`` with the ports of ports.d; the config's own win. Raises ConfigError if they clash."""
+def merge_ports(
+    config: Config, extra: Mapping[str, PortConfig], source: str = "config", known: Config | None = None
+) -> Config:
+    """``config`` with the ports of ports.d; the config's own win. Raises ConfigError if they clash.
+
+    ``known`` came from here before. What has not changed since is not compared with itself again.
+    """
     # The config's ports come first, so that of two ports that clash the other one is blamed.
-    merged = config.model_copy(update={"ports": {**config.ports, **extra, **config.ports}})
-    problems = list(_clashes(merged, Document(None)))
+    ports = {**config.ports, **{name: port for name, port in extra.items() if name not in config.ports}}
+    merged = config.model_copy(update={"ports": ports})
+    compared = merged
+    if known and (known.nics, known.switches, known.mac_range) == (
+        merged.nics,
+        merged.switches,
+        merged.mac_range,
+    ):
+        compared = _around(differing(known.ports, ports), merged)
+    problems = list(_clashes(compared, Document(None), ports.values()))
     if problems:
         raise ConfigError(problems, source)
     return merged
+
+
+def differing(before: Mapping[str, PortConfig], after: Mapping[str, PortConfig]) -> set[str]:
+    """The ports that are not the same in both."""
+    changed = {name for name, port in after.items() if (was := before.get(name)) is not port and was != port}
+    return changed | (before.keys() - after.keys())
+
+
+def _around(names: Collection[str], config: Config) -> Config:
+    """``config`` with those ports alone that can clash because of the ports ``names``."""
+    changed = {name: config.ports[name] for name in names if name in config.ports}
+    macs = {mac for port in changed.values() if port.mac != "auto" for mac in port.mac}
+    interfaces = {port.device for port in changed.values()} | {channel_outer(name) for name in changed}
+    ports = {
+        name: port
+        for name, port in config.ports.items()
+        if name in changed or port.af_xdp or port.device in interfaces or not macs.isdisjoint(port.mac)
+    }
+    return config.model_copy(update={"ports": ports})
 
 
 def _check(document: Document, source: str) -> Config:
@@ -690,8 +729,14 @@ def _switch_shape(switch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _clashes(config: Config, document: Document) -> Iterator[Problem]:
-    """``document`` is where ``config`` came from: an entry that is wrong there still has its name."""
+def _clashes(
+    config: Config, document: Document, counted: Collection[PortConfig] | None = None
+) -> Iterator[Problem]:
+    """``document`` is where ``config`` came from: an entry that is wrong there still has its name.
+
+    ``counted`` are all ports, where ``config`` has fewer.
+    """
+    counted = config.ports.values() if counted is None else counted
     whole = _mapping(document.data)
     nics = {*config.nics, *_mapping(whole.get("nics"))}
     switches = {*config.switches, *_mapping(whole.get("switches"))}
@@ -701,9 +746,10 @@ def _clashes(config: Config, document: Document) -> Iterator[Problem]:
         *_uplink_faults(config, nics),
         *_port_faults(config, switches, has_mac_range),
         *_interface_faults(config),
-        *_bridge_faults(config),
-        *_filter_faults(config),
+        *_bridge_faults(config, counted),
+        *_filter_faults(config, counted),
         *_hardware_channel_faults(config),
+        *_queue_faults(config),
     ):
         yield _problem(document, fault)
 
@@ -752,10 +798,31 @@ def _port_faults(config: Config, switches: Collection[str], has_mac_range: bool)
                 "needs mac_range to draw from: set mac_range: {first: ..., last: ...}, or an address here"
             )
             yield ("ports", name, "mac"), port.mac, allowed
+        if port.af_xdp and port.delivery == "gro":
+            allowed = "must be auto or frames: an AF_XDP socket takes frames as they come"
+            yield ("ports", name, "delivery"), port.delivery, allowed
         switch = config.switches.get(port.switch)
         taken = {switch.uplink, "host" if switch.host else None} if switch else set()
         if switch and switch.bridge == "python" and name in taken:
             yield ("ports", name), "", f"a Python bridge calls another device {name}: rename this port"
+
+
+def _queue_faults(config: Config) -> Iterator[Fault]:
+    """Queues that ask for a NIC where there is none, or for a CPU that the NIC's queues may not use."""
+    for name, port in config.ports.items():
+        switch = config.switches.get(port.switch)
+        if switch is None:
+            continue
+        if switch.uplink is None:
+            if port.queue == "hardware":
+                allowed = "must be auto, software or off: its switch has no NIC"
+                yield ("ports", name, "queue"), port.queue, allowed
+            continue
+        nic = config.nics.get(switch.uplink, NicConfig())
+        if nic.queues.cpus and isinstance(port.cpu, int) and port.cpu not in nic.queues.cpus:
+            cpus = ", ".join(map(str, nic.queues.cpus))
+            where = dotted(("nics", switch.uplink, "queues", "cpus"))
+            yield ("ports", name, "cpu"), port.cpu, f"must be of {where}: {cpus}; or auto, or nic"
 
 
 def _hardware_channel_faults(config: Config) -> Iterator[Fault]:
@@ -811,8 +878,8 @@ def _interface_faults(config: Config) -> Iterator[Fault]:
             yield location, value, f"{allowed}: {dotted(owner)} has this one"
 
 
-def _bridge_faults(config: Config) -> Iterator[Fault]:
-    members = Counter(port.switch for port in config.ports.values())
+def _bridge_faults(config: Config, ports: Iterable[PortConfig]) -> Iterator[Fault]:
+    members = Counter(port.switch for port in ports)
     for name, switch in config.switches.items():
         count = members[name] + (switch.uplink is not None) + (switch.host is not None)
         if switch.bridge == "kernel" and count > MAX_BRIDGE_PORTS:
@@ -820,21 +887,19 @@ def _bridge_faults(config: Config) -> Iterator[Fault]:
             yield ("switches", name), "", f"{allowed}: move ports to another switch"
 
 
-def _filter_faults(config: Config) -> Iterator[Fault]:
-    """No two ports on one NIC (or on one switch without a NIC) share a MAC in one VLAN, nor the host's."""
-    counts: Counter[Location] = Counter()
+def _filter_faults(config: Config, ports: Iterable[PortConfig]) -> Iterator[Fault]:
+    """No two ports on one NIC (or on one switch without a NIC) share a MAC in one VLAN, nor the host's.
+
+    Where there are too many, nothing is compared, which also bounds the work.
+    """
+    counts = _filter_counts(config, ports)
     owners: dict[tuple[Location, str, int], Location] = {}
     for switch_name, shared_by in config.switches.items():
         if shared_by.host is not None and shared_by.host.mac is not None:
-            at: Location = ("nics", shared_by.uplink) if shared_by.uplink else ("switches", switch_name)
+            at = _filtered_at(config, switch_name)
             owners[at, shared_by.host.mac, shared_by.host.vlan or 0] = ("switches", switch_name, "host")
     for name, port in config.ports.items():
-        switch = config.switches.get(port.switch)
-        where: Location = ("switches", port.switch)
-        if switch is not None and switch.uplink is not None:
-            where = ("nics", switch.uplink)
-        counts[where] += len(port.vlan.vids) * (1 if port.mac == "auto" else len(port.mac))
-        # Beyond the limit nothing is compared, which also bounds the work.
+        where = _filtered_at(config, port.switch)
         if port.mac == "auto" or counts[where] > MAX_FILTERS:
             continue
         for index, mac in enumerate(port.mac):
@@ -849,26 +914,29 @@ def _filter_faults(config: Config) -> Iterator[Fault]:
                 vlan = "untagged" if vids == [0] else f"VID {vid_ranges(vids)}"
                 yield place, mac, f"must be unique on {dotted(where)} ({vlan}): {dotted(other)} has it"
     for where, count in counts.items():
-        if where[0] == "nics" and count > MAX_FILTERS:
+        if count > MAX_FILTERS:
             allowed = f"has {count} filters (addresses times VIDs of its ports); at most {MAX_FILTERS}"
             yield where, "", allowed
 
 
-# --- what this version does with it --------------------------------------------------------------
+def _filter_counts(config: Config, ports: Iterable[PortConfig]) -> Counter[Location]:
+    """How many filters ``ports`` need, by NIC or by switch without one."""
+    by_switch: Counter[str] = Counter()
+    for port in ports:
+        by_switch[port.switch] += len(port.vlan.vids) * (1 if port.mac == "auto" else len(port.mac))
+    counts: Counter[Location] = Counter()
+    for switch, count in by_switch.items():
+        counts[_filtered_at(config, switch)] += count
+    return counts
 
 
-def unsupported(config: Config) -> list[Problem]:
-    """What the grammar allows and this version cannot do, with a remedy for each."""
-    faults: list[Fault] = []
-    for name, port in config.ports.items():
-        at = ("ports", name)
-        if port.queue == "hardware":
-            faults.append(((*at, "queue"), port.queue, "not in this version: use queue: auto or software"))
-        if port.delivery == "gro":
-            faults.append(
-                ((*at, "delivery"), port.delivery, "not in this version: use delivery: auto or frames")
-            )
-    return [_problem(Document(None), fault) for fault in faults]
+def _filtered_at(config: Config, name: str) -> Location:
+    """The NIC that has the filters of a switch, or the switch."""
+    switch = config.switches.get(name)
+    return ("nics", switch.uplink) if switch is not None and switch.uplink is not None else ("switches", name)
+
+
+# --- what the product does with it ---------------------------------------------------------------
 
 
 def conduit_inner(switch: str) -> str:
@@ -901,19 +969,12 @@ def _derived(name: str, suffix: str) -> str:
     return name.encode()[:room].decode(errors="ignore") + suffix
 
 
-def require_supported(config: Config, source: str = "config") -> None:
-    """Raises UnsupportedError that lists everything of ``unsupported``."""
-    problems = unsupported(config)
-    if problems:
-        raise UnsupportedError("\n".join(f"{source}: {problem}" for problem in problems))
-
-
 def warnings(config: Config) -> list[str]:
-    """What is accepted and has no effect yet, each once, for people."""
+    """What is accepted and has no effect, each once, for people."""
     return [
-        f"{dotted(('nics', name, 'queues', 'rebalance'))}: queues do not move between CPUs in this version"
+        f"{dotted(('nics', name, 'queues', 'rebalance'))}: queues.cpus has one CPU, so no queue can move"
         for name, nic in config.nics.items()
-        if nic.queues.rebalance
+        if nic.queues.rebalance and nic.queues.cpus and len(set(nic.queues.cpus)) == 1
     ]
 
 

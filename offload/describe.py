@@ -21,13 +21,19 @@ from offload.model import (
     Fdb,
     Feature,
     Filter,
+    FunctionAddress,
+    FunctionPort,
+    Functions,
     HostPair,
     Ipv6Disabled,
+    IrqAffinity,
     LinkDns,
     Master,
     Member,
     MemberRow,
+    NapiAffinity,
     Network,
+    NicAddress,
     NicSockets,
     PeerFeature,
     PortRecord,
@@ -39,9 +45,12 @@ from offload.model import (
     Roster,
     Route,
     RouteTarget,
+    Spread,
     Station,
+    SteeringRule,
     Trunk,
     Uplink,
+    Xps,
 )
 from offload.plan import RUNNING
 from offload.views import ChangeView
@@ -219,12 +228,61 @@ def _setting(resource: DeviceResource, change: Change) -> str:
             return f"{verb} the XDP program on {device} ({mode} mode)"
         case Uplink(), None:
             return f"take the XDP program off {device}"
+        case Functions() | FunctionPort() | FunctionAddress() | SteeringRule() | Spread(), _:
+            return _steering(resource, change)
+        case NicAddress(_, _, mac), _:
+            return f"let {device} {'' if after else 'no longer '}take frames for {mac} by itself"
+        case IrqAffinity(_, _, irq), _:
+            return f"serve interrupt {irq} of {device} on CPU {after}"
+        case NapiAffinity(_, _, napi), _:
+            return f"run the thread of NAPI {napi} of {device} on CPU {after}"
+        case Xps(_, _, queue), "":
+            return f"let TX queue {queue} of {device} belong to no CPU"
+        case Xps(_, _, queue), _:
+            return f"send what CPU {after} sends to {device} by TX queue {queue}"
         case QueueCpu(_, _, cpu), None:
             return f"take CPU {cpu} from the queues of {device}"
         case QueueCpu(_, _, cpu), _:
             return f"let CPU {cpu} serve queues of {device}, with a ring of {after} frames"
         case _:
             return f"{_verb(change)} {_name(resource)}"
+
+
+def _steering(resource: DeviceResource, change: Change) -> str:
+    """What is said to a NIC that sorts frames itself."""
+    device, after = resource.device, change.after
+    match resource, after:
+        case Functions(), _:
+            return (
+                f"make {after} virtual functions of {device}"
+                if after
+                else (f"remove the virtual functions of {device}")
+            )
+        case FunctionPort(), (_, port_id, vid, mode, _):
+            verb = "attach" if change.before is None else "set"
+            use = "nobody's frames" if port_id is None else f"frames of port {port_id}, {_vlan(_number(vid))}"
+            return f"{verb} the XDP program on the virtual function {device} ({mode} mode) for {use}"
+        case FunctionPort(), _:
+            return f"take the XDP program off the virtual function {device}"
+        case FunctionAddress(_, _, index), (mac, vid):
+            where = f"its virtual function {index}"
+            return f"let {device} sort frames for {mac}, {_vlan(_number(vid))}, into {where}"
+        case FunctionAddress(_, _, index), _:
+            return f"let {device} sort nothing into its virtual function {index}"
+        case SteeringRule(_, _, mac, vid), None:
+            return f"remove the rule of {device} for {mac}{f', VLAN {vid}' if vid else ''}"
+        case SteeringRule(_, _, mac, vid), _:
+            return (
+                f"let {device} sort frames for {mac}{f', VLAN {vid},' if vid else ''} into RX queue {after}"
+            )
+        case Spread(), (*table,):
+            return f"let {device} spread the other frames over its RX queues {_list(dict.fromkeys(table))}"
+        case _:
+            return f"{_verb(change)} {_name(resource)}"
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _member(device: str, row: MemberRow, change: Change) -> str:
@@ -236,6 +294,8 @@ def _member(device: str, row: MemberRow, change: Change) -> str:
             return f"carry frames of a Python bridge through {device}"
         case "uplink":
             return f"watch what comes in from {device}"
+        case "function":
+            return f"give what the virtual function {device} does not deliver to its NIC"
     verb = "switch" if change.before is None else "change how to switch"
     mode = "the VLANs of its trunk" if row.trunk else _vlan(row.pvid or 0)
     allowed = f", allowing {_list(sorted(row.allow))}" if row.allow else ""

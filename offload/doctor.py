@@ -15,23 +15,58 @@ from types import MappingProxyType
 from typing import Literal
 
 from offload.errors import OffloadError
-from offload.kernel import bypassed, host, managers, netdev, programs
+from offload.kernel import bypassed, host, managers, nics, programs
 from offload.kernel.bypassed import Found, Place
 from offload.kernel.ethtool import Channels, Ethtool, Peers
 from offload.kernel.host import Answer
 from offload.kernel.links import Links
 from offload.kernel.managers import Manager
-from offload.kernel.netdev import XdpFeatures
 from offload.kernel.programs import Program
 from offload.model import Link
 from offload.paths import Paths
 
 Level = Literal["ok", "warn", "fail"]
 
-TAG_STRIPPING = "rx-vlan-hw-parse"
-
 # What offload can do without; everything else that is missing is a failure.
-_OPTIONAL = frozenset({"bridge_vlan_filtering", "tcx", "cap_net_raw", "cap_sys_admin"})
+_OPTIONAL = frozenset({"bridge_vlan_filtering", "tcx", "cap_net_raw", "cap_sys_admin", "cap_sys_nice"})
+
+TOPICS = {
+    "native_xdp": "native XDP",
+    "xdp_frags": "native XDP on frames longer than a page",
+    "xdp_redirect_target": "a target of XDP's redirection",
+    "zero_copy": "AF_XDP zero copy",
+    "channels": "several RX queues",
+    "rss_table": "RSS table",
+    "rss_contexts": "RSS contexts",
+    "steering_rules": "steering rules by MAC",
+    "vlan_in_frame": "VLAN tags in the frame",
+    "msix": "an interrupt for each queue (MSI-X)",
+    "numa": "NUMA node",
+    "mtu": "MTU limits",
+    "xdp_mtu": "native XDP with its MTU",
+    "sriov": "SR-IOV",
+    "irq_affinity": "interrupts that can be moved",
+    "irqs_stay": "interrupts that stay where they are put",
+    "napi_threads": "NAPI threads",
+    "napi_settings": "settings for each NAPI instance",
+}
+"""What a NIC's capabilities are called in a finding."""
+
+# How bad it is that a NIC has not, or that nobody can tell. Otherwise: not at all, and a warning.
+_LACKING: Mapping[str, tuple[Level, Level]] = {
+    "native_xdp": ("warn", "warn"),
+    "vlan_in_frame": ("fail", "warn"),
+    "irq_affinity": ("warn", "ok"),
+    "irqs_stay": ("warn", "ok"),
+    # What only a program that is attached tells, or what native_xdp has said already.
+    "xdp_frags": ("ok", "ok"),
+    "xdp_redirect_target": ("ok", "ok"),
+    "zero_copy": ("ok", "ok"),
+    "xdp_mtu": ("ok", "ok"),
+    "napi_settings": ("ok", "ok"),
+    "mtu": ("ok", "ok"),
+    "numa": ("ok", "ok"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,10 +103,9 @@ class Probes:
 
     host: Callable[[], Mapping[str, Answer]]
     driver: Callable[[str], str]
-    features: Callable[[str], Mapping[str, tuple[bool, bool]]]
+    capabilities: Callable[[Link], Mapping[str, Answer]]
     channels: Callable[[str], Channels]
     peer_channels: Callable[[Link], Channels]
-    xdp_features: Callable[[str, int], XdpFeatures]
     program: Callable[[int], Program]
     managers: Callable[[str, int], Sequence[Manager]]
     bypassed: Callable[[Mapping[str, Place]], Found]
@@ -79,44 +113,48 @@ class Probes:
 
 def diagnose(
     paths: Paths,
-    nics: Sequence[str] | None = None,
+    devices: Sequence[str] | None = None,
     own_bridges: Sequence[str] = (),
     ports: Mapping[str, Place] | None = None,
+    *,
+    probe: bool = False,
 ) -> Report:
-    """Examine this host with the real probes; arguments as for ``examine``."""
+    """Examine this host with the real probes; arguments as for ``examine``.
+
+    ``probe``: try what cannot be known otherwise, as ``nics.capabilities`` does.
+    """
     with Links() as links, Ethtool() as ethtool:
         probes = Probes(
             host=partial(host.probe, paths.pin_dir),
             driver=ethtool.driver,
-            features=ethtool.features,
+            capabilities=lambda nic: nics.capabilities(nic, ethtool, probe=probe),
             channels=ethtool.channels,
             peer_channels=partial(_peer_channels, Peers(links)),
-            xdp_features=netdev.xdp_features,
             program=programs.describe,
             managers=managers.managers,
             bypassed=bypassed.look,
         )
-        return examine(paths, links.snapshot(), probes, nics, own_bridges, ports or {})
+        return examine(paths, links.snapshot(), probes, devices, own_bridges, ports or {})
 
 
 def examine(
     paths: Paths,
     links: Mapping[str, Link],
     probes: Probes,
-    nics: Sequence[str] | None = None,
+    devices: Sequence[str] | None = None,
     own_bridges: Sequence[str] = (),
     ports: Mapping[str, Place] = MappingProxyType({}),
 ) -> Report:
     """Return what is well and what is not.
 
-    ``nics`` are the devices to look at; by default all that are hardware. ``own_bridges``
+    ``devices`` are the NICs to look at; by default all that are hardware. ``own_bridges``
     are the bridges that this instance made: a NIC may be in one of those. ``ports`` are those that
     may take the fast path.
     """
-    if nics is None:
-        nics = sorted(link.name for link in links.values() if link.kind is None and link.name != "lo")
+    if devices is None:
+        devices = sorted(link.name for link in links.values() if link.kind is None and link.name != "lo")
     findings = list(_host(probes))
-    for name in nics:
+    for name in devices:
         if name in links:
             findings.extend(_nic(links[name], paths, links, probes, own_bridges))
         else:
@@ -156,9 +194,8 @@ def _nic(
     link: Link, paths: Paths, links: Mapping[str, Link], probes: Probes, own_bridges: Sequence[str]
 ) -> Iterator[Finding]:
     yield _ask("driver", link, lambda: _driver(link, probes.driver(link.name)))
-    yield _ask("native_xdp", link, lambda: _native_xdp(link, probes.xdp_features(link.name, link.ifindex)))
-    yield _ask("channels", link, lambda: _channels(link, probes.channels(link.name)))
-    yield _ask("tag_stripping", link, lambda: _tag_stripping(link, probes.features(link.name)))
+    for name, answer in probes.capabilities(link).items():
+        yield _capability(name, link, answer)
     yield _ask("xdp_program", link, lambda: _xdp_program(link, paths.pin_dir, probes))
     yield _master(link, links, own_bridges)
     yield from _managers(link, probes.managers(link.name, link.ifindex))
@@ -177,43 +214,12 @@ def _driver(link: Link, driver: str) -> Finding:
     return Finding("driver", "ok", link.name, f"driver {driver}")
 
 
-def _native_xdp(link: Link, features: XdpFeatures) -> Finding:
-    if not features & XdpFeatures.BASIC or not features & XdpFeatures.REDIRECT:
-        return Finding(
-            "native_xdp",
-            "warn",
-            link.name,
-            "the driver has no native XDP with redirection",
-            f"set nics.{link.name}.xdp_mode: generic, which is slower, or use another NIC",
-        )
-    extras = {
-        XdpFeatures.RX_SG: "frames longer than a page",
-        XdpFeatures.XSK_ZEROCOPY: "AF_XDP zero copy",
-    }
-    told = [f"{text}: {'yes' if features & bit else 'no'}" for bit, text in extras.items()]
-    return Finding("native_xdp", "ok", link.name, f"native XDP with redirection; {', '.join(told)}")
-
-
-def _channels(link: Link, channels: Channels) -> Finding:
-    most = channels.max_rx + channels.max_combined
-    return Finding("channels", "ok", link.name, f"{channels.rx_queues} RX queues of at most {most}")
-
-
-def _tag_stripping(link: Link, features: Mapping[str, tuple[bool, bool]]) -> Finding:
-    active, fixed = features.get(TAG_STRIPPING, (False, True))
-    # On a veth it is the sending end that keeps tags beside the frame; that end is set when it is taken.
-    if not active or link.kind == "veth":
-        return Finding("tag_stripping", "ok", link.name, "VLAN tags stay in the frame, where XDP sees them")
-    if fixed:
-        return Finding(
-            "tag_stripping",
-            "fail",
-            link.name,
-            f"{TAG_STRIPPING} is on and fixed: the NIC hides VLAN tags from XDP",
-            "use another NIC, or see to it that no tagged frames reach this one",
-        )
-    message = f"{TAG_STRIPPING} is on; offload switches it off while it runs"
-    return Finding("tag_stripping", "ok", link.name, message)
+def _capability(name: str, link: Link, answer: Answer) -> Finding:
+    lacking, untold = _LACKING.get(name, ("ok", "warn"))
+    level: Level = {"yes": "ok", "no": lacking, "unknown": untold}[answer.state]
+    state = "could not tell" if answer.state == "unknown" else answer.state
+    remedy = answer.remedy if level != "ok" else ""
+    return Finding(name, level, link.name, f"{TOPICS[name]}: {state}: {answer.why}", remedy)
 
 
 def _xdp_program(link: Link, pin_dir: Path, probes: Probes) -> Finding:

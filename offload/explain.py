@@ -8,14 +8,16 @@ is in ``bpf/abi.h``, the decisions in their order at the top of ``bpf/vmq.c`` an
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .hardware import Function, Rule
 from .model import MemberRow, NetworkRow, PortRecord, StationState
-from .plan import BYPASS
+from .plan import BYPASS, RUNNING
 from .views import ExplainStep, ExplainView, Verdict, VlanAction
 
-Kind = Literal["plain", "dhcp-server", "router-advertisement"]
+Kind = Literal["plain", "tcp", "dhcp-server", "router-advertisement"]
 
 MADE_UP = "02:ff:ff:ff:ff:fe"
 """A locally administered address: who sends from the wire, unless the question says it."""
@@ -24,6 +26,12 @@ _TAG_8021Q, _TAG_8021AD = 0x8100, 0x88A8
 _PAYLOADS: dict[Kind, tuple[int, bytes]] = {
     # IEEE 802 local experimental, so that no protocol stack would answer
     "plain": (0x88B5, b""),
+    # RFC 791 and 9293: an empty segment from 192.0.2.1, port 1, to 192.0.2.2, port 1, with an ACK
+    "tcp": (
+        0x0800,
+        bytes.fromhex("4500002800000000 4006f6cc c0000201 c0000202")
+        + bytes.fromhex("00010001 00000000 00000000 50100000 00000000"),
+    ),
     # RFC 791, 768 and 2131: 0.0.0.0, UDP port 67, to 255.255.255.255, port 68; without a UDP checksum
     "dhcp-server": (
         0x0800,
@@ -62,6 +70,11 @@ class Sample:
         """Of the outermost tag; 0 without one."""
         return self.vids[0] if self.vids else 0
 
+    @property
+    def group(self) -> bool:
+        """Whether it is a broadcast or multicast."""
+        return bool(int(self.dst[:2], 16) & 1)
+
     def octets(self) -> bytes:
         """The frame as a wire has it, without FCS."""
         first = _TAG_8021AD if self.service else _TAG_8021Q
@@ -91,9 +104,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Step:
-    """One program's run: what it returned, and the counter that moved, of ``port`` or else of the NIC.
+    """One program's run: what it returned, and the counter that moved, of ``port`` or else of ``device``.
 
-    ``device`` is where the program stands. No counter moves where a frame ends that is somebody else's.
+    That is where the program stands. No counter moves where a frame ends that is somebody else's, and on the
+    way from a virtual function to its NIC.
     """
 
     program: str
@@ -101,6 +115,11 @@ class Step:
     verdict: Literal["pass", "drop", "redirect"]
     counter: str | None
     port: str | None = None
+
+    @property
+    def strayed(self) -> bool:
+        """Whether the frame goes from a virtual function to its NIC."""
+        return self.program == "strayed" and self.verdict == "redirect"
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,9 @@ class Scene:
 
     ``nic`` is its uplink, ``sender`` the row of the port that the frame comes from and ``None`` for the
     wire, ``owner`` whose the destination is, and ``elsewhere`` the ports and VIDs that have it otherwise.
-    ``target`` is the port that the frame was given to, with ``af_xdp`` when that has sockets.
+    ``target`` is the port that the frame was given to, with ``af_xdp`` when that has sockets. ``by_nic``
+    is how the NIC was read back to sort such frames by itself, ``served`` the name of the port that the
+    program on that virtual function delivers to.
     """
 
     network: NetworkRow | None
@@ -134,6 +155,14 @@ class Scene:
     target: PortRecord | None = None
     af_xdp: bool = False
     rx_queue: int = 0
+    by_nic: Function | Rule | None = None
+    served: str | None = None
+
+
+def sorted_by(sample: Sample, sorting: Iterable[Function | Rule]) -> Function | Rule | None:
+    """The first of what a NIC sorts by itself that fits a frame. A tag of 802.1ad is none to it."""
+    vid = 0 if sample.service else sample.vid
+    return next((one for one in sorting if one.mac == sample.dst and one.vid in (None, vid)), None)
 
 
 def answer(sample: Sample, delivered: Sample, steps: tuple[Step, ...], scene: Scene) -> ExplainView:
@@ -148,7 +177,7 @@ def answer(sample: Sample, delivered: Sample, steps: tuple[Step, ...], scene: Sc
         verdict=verdict,
         port=target.name if target else blamed if blamed and ":" not in blamed else None,
         queue=queued.queue or None if queued else None,
-        cpu=queued.cpu if queued and told.xdp != "socket" else None,
+        cpu=queued.cpu if queued and told.xdp not in ("socket", "left") else None,
         vlan_action="none" if verdict == "drop" else vlan_action(sample, delivered),
         reason=reason,
         steps=[
@@ -183,10 +212,28 @@ class _Told:
         self.target = f"port {scene.target.name}" if scene.target else "the port"
         self.filter = f"a filter on {scene.nic} gives {self.to} to {self.target}"
         self.xdp = next(
-            (each.counter for each in reversed(steps) if each.program in ("uplink", "queue")), None
+            (each.counter for each in reversed(steps) if each.program in ("uplink", "queue", "function")),
+            None,
         )
 
     def verdict(self) -> tuple[Verdict, str]:
+        """What the NIC does with the frame by itself, if it does, comes first."""
+        verdict, reason = self._decided()
+        by_nic = self.scene.by_nic
+        return verdict, f"{self._sorted(by_nic)}; {reason}" if by_nic else reason
+
+    def _sorted(self, by_nic: Function | Rule) -> str:
+        if isinstance(by_nic, Rule):
+            return f"a rule in {self.scene.nic} gives {self.to} to RX queue {by_nic.rx_queue}"
+        gives = f"{self.scene.nic} gives {by_nic.mac} {_in_vlan(by_nic.vid)} to its virtual function"
+        if not by_nic.vid:
+            return f"{gives} {by_nic.device}, as read back"
+        return (
+            f"{gives} {by_nic.device} and strips the tag, so that the VLAN rests on the hardware: it was "
+            f"read back as {by_nic.vid}"
+        )
+
+    def _decided(self) -> tuple[Verdict, str]:
         scene = self.scene
         if not self.steps:
             return "host", f"{scene.asked} is in no switch: the host's own stack gets its frames"
@@ -197,9 +244,20 @@ class _Told:
                     "af_xdp",
                     f"{self.filter}, which has a socket on RX queue {scene.rx_queue} of {scene.nic}",
                 )
-            case "uplink" | "queue", "direct" | "handed":
+            case "uplink" | "queue" | "function", "direct" | "handed":
                 return "queue", f"{self.filter}: {self._served}"
-            case "uplink" | "queue", "vlan_nic" | "vlan_queue":
+            case "guard", "merged":
+                return "queue", (
+                    f"{self.filter}, which has it merged with its neighbours first (GRO), on the CPU of "
+                    f"the RX queue of {scene.nic}"
+                )
+            case "function", "stranger":
+                return "drop", self._strange(last.device)
+            case "function", None:
+                return "drop", f"{last.device} is down, or without a link"
+            case "strayed", _:
+                return "drop", f"no port of {self.switch} has {self.to}, so that {last.device} drops it"
+            case "uplink" | "queue" | "function", "vlan_nic" | "vlan_queue":
                 return "drop", f"port {last.port} must not get {self._tags}: {_TAG_RULE}"
             case "wire", "tx_bridge":
                 return "bridge", f"{self._missed}: it goes to the bridge of {self.switch}"
@@ -232,9 +290,19 @@ class _Told:
     @property
     def _served(self) -> str:
         cpu = self.scene.target.cpu if self.scene.target else None
-        return (
-            "served on the CPU of the NIC's RX queue" if cpu is None else f"its queue is served by CPU {cpu}"
-        )
+        served = "on the CPU of the NIC's RX queue" if cpu is None else f"by CPU {cpu}"
+        return f"its queue is served {served}"
+
+    def _strange(self, device: str) -> str:
+        """Why the program on a virtual function knows nobody for a frame."""
+        served, owner = self.scene.served, self.scene.owner
+        if served is None:
+            return f"{device} delivers to nobody just now"
+        if self.sample.service or len(self.sample.vids) > 1:
+            return f"port {served} must not get {self._tags}: {_TAG_RULE}"
+        if owner and owner.record.name == served:
+            return f"{device} drops what no filter on {self.scene.nic} has, {self._why_no_filter}"
+        return f"{device} delivers to port {served}, and drops what is for anybody else"
 
     def _guarded(self, last: Step, owner: Owner | None) -> tuple[Verdict, str]:
         """By the program at the device that a frame was handed to past the bridge."""
@@ -260,11 +328,13 @@ class _Told:
         """Why XDP passed the frame."""
         nic, owner = self.scene.nic, self.scene.owner
         who = owner.name if owner else "its port"
-        match self.xdp:
+        match self._left(owner.record) if owner and self.xdp == "passed" else self.xdp:
             case None:
                 return f"the fast path of {nic} is detached"
             case "broadcast" | "multicast" as group:
-                return f"a {group} is for many"
+                others = [step.device for step in self.steps if step.program == "function"]
+                has = f", and {' and '.join(others)} may have it too and drop theirs" if others else ""
+                return f"a {group} is for many{has}"
             case "no_filter":
                 return f"no filter on {nic} has {self.to}, {self._why_no_filter}"
             case "paused" if owner and owner.state == "away":
@@ -283,6 +353,12 @@ class _Told:
                 return "it ends in its own headers"
             case other:
                 return f"{who} could not be handed it ({other})"
+
+    def _left(self, record: PortRecord) -> str:
+        """Why the program on a virtual function left a frame to the NIC: those are counted together."""
+        if not record.flags & RUNNING:
+            return "paused" if record.ifindex else "no_device"
+        return "too_big" if self.sample.size > record.max_len else "passed"
 
     @property
     def _why_no_filter(self) -> str:
@@ -317,7 +393,7 @@ class _Told:
     def _not_past(self) -> str:
         """Why a frame goes to the bridge that a port sends."""
         scene, owner = self.scene, self.scene.owner
-        if int(self.sample.dst[:2], 16) & 1:
+        if self.sample.group:
             return "a broadcast or multicast is for many"
         if scene.sender and not scene.sender.bypass:
             return f"{scene.asked} sends nothing past the bridge: `queue: off`, or the fast path is detached"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 from offload import model
 from offload.errors import OffloadError
 from offload.files import replace_durably, sync_directory, write_durably
-from offload.model import Resource, Value
+from offload.model import DeviceResource, Resource, Value
 
 _TYPES: Mapping[str, type[Resource]] = {
     name: item for name, item in vars(model).items() if isinstance(item, type) and issubclass(item, Resource)
@@ -51,6 +52,7 @@ class Journal:
         self._path = path
         self._era = era
         self._originals: dict[Resource, Value] = {}
+        self._of_device: defaultdict[int, set[Resource]] = defaultdict(set)
         self._elsewhere: list[bytes] = []
         self._end = 0
         self._load()
@@ -58,6 +60,14 @@ class Journal:
     def originals(self) -> dict[Resource, Value]:
         """Return what each recorded setting of this era was before we changed it."""
         return dict(self._originals)
+
+    def originals_of(self, ifindexes: Iterable[int]) -> dict[Resource, Value]:
+        """As ``originals``, for settings of these devices alone."""
+        return {
+            resource: self._originals[resource]
+            for ifindex in ifindexes
+            for resource in self._of_device.get(ifindex, ())
+        }
 
     def record(self, resource: Resource, before: Value) -> None:
         """``record_all`` for one setting."""
@@ -85,6 +95,8 @@ class Journal:
             sync_directory(self._path.parent)
         self._end += len(lines)
         self._originals |= new
+        for resource in new:
+            self._of_device[_ifindex(resource)].add(resource)
 
     def forget(self, resources: Iterable[Resource]) -> None:
         """Drop the entries of settings that have been given back.
@@ -92,13 +104,15 @@ class Journal:
         A crash leaves the old journal or the new one. Entries of earlier boots go at the
         same time; those of other namespaces stay, because ``detach`` may yet run there.
         """
-        gone = set(resources)
-        kept = {resource: value for resource, value in self._originals.items() if resource not in gone}
-        if len(kept) == len(self._originals):
+        gone = {resource for resource in resources if resource in self._originals}
+        if not gone:
             return
+        kept = {resource: value for resource, value in self._originals.items() if resource not in gone}
         content = b"".join([*self._elsewhere, *(self._encode(*entry) for entry in kept.items())])
         replace_durably(self._path, content, 0o600)
         self._originals = kept
+        for resource in gone:
+            self._of_device[_ifindex(resource)].discard(resource)
         self._end = len(content)
 
     def _load(self) -> None:
@@ -127,6 +141,7 @@ class Journal:
             return
         resource = _decode_resource(entry["type"], entry["fields"])
         self._originals.setdefault(resource, _decode_value(entry["before"]))
+        self._of_device[_ifindex(resource)].add(resource)
 
     def _encode(self, resource: Resource, before: Value) -> bytes:
         entry = {
@@ -137,6 +152,11 @@ class Journal:
             "before": before,
         }
         return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+
+
+def _ifindex(resource: Resource) -> int:
+    """0 where it is of no device, or of one that was still to be made."""
+    return resource.ifindex if isinstance(resource, DeviceResource) else 0
 
 
 def _decode_resource(name: str, values: dict[str, object]) -> Resource:

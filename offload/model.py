@@ -281,6 +281,73 @@ class Filter(DeviceResource):
     vid: int
 
 
+@dataclass(frozen=True, order=True)
+class Functions(DeviceResource):
+    """SR-IOV virtual functions of a NIC. Value: how many; each has a network device of its own here."""
+
+
+@dataclass(frozen=True, order=True)
+class FunctionPort(DeviceResource):
+    """What the program on a virtual function's device delivers. Value: ``(NIC, port id, VID, mode, digest)``.
+
+    The port id is ``None`` while it serves no port. The mode is an ``XdpMode``.
+    """
+
+
+@dataclass(frozen=True, order=True)
+class FunctionAddress(DeviceResource):
+    """What a NIC sorts into one of its virtual functions. Value: ``(MAC, VID)``, or ``None`` for nothing.
+
+    VID 0 stands for frames without a tag.
+    """
+
+    index: int
+
+
+@dataclass(frozen=True, order=True)
+class NicAddress(DeviceResource):
+    """An address that a NIC takes frames for beside its own. Value: ``True``, ``None`` when it does not."""
+
+    mac: str
+
+
+@dataclass(frozen=True, order=True)
+class SteeringRule(DeviceResource):
+    """A rule in a NIC. Value: the RX queue that frames to this MAC go to.
+
+    VID 0: whatever tag they have, which XDP looks at.
+    """
+
+    mac: str
+    vid: int
+
+
+@dataclass(frozen=True, order=True)
+class Spread(DeviceResource):
+    """The RSS indirection table of a NIC. Value: RX queues, by slot."""
+
+
+@dataclass(frozen=True, order=True)
+class IrqAffinity(DeviceResource):
+    """The CPUs that may serve an interrupt of a device. Value: as ``0-3,6``."""
+
+    irq: int
+
+
+@dataclass(frozen=True, order=True)
+class NapiAffinity(DeviceResource):
+    """The CPUs that the thread of a NAPI instance of a device may run on. Value: as ``0-3,6``."""
+
+    napi: int
+
+
+@dataclass(frozen=True, order=True)
+class Xps(DeviceResource):
+    """The CPUs whose frames leave by a TX queue of a device. Value: as ``0-3,6``; ``""`` is none."""
+
+    tx_queue: int
+
+
 @dataclass(frozen=True)
 class PortRecord:
     """A row of the port table, see ``struct port`` in ``bpf/abi.h``, and the port's name.
@@ -376,7 +443,7 @@ class Change:
 State = Mapping[Resource, Value]
 
 
-Role = Literal["port", "host", "uplink", "conduit", "silent"]
+Role = Literal["port", "host", "uplink", "function", "conduit", "silent"]
 """What a device is to its switch: see ``bpf/switch.c``."""
 
 StationState = Literal["expected", "here", "away"]

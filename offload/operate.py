@@ -104,7 +104,7 @@ def _return_to(former: takeovers.Former, reconciler: Reconciler, paths: Paths) -
 def doctor(paths: Paths, probe: bool) -> Report:
     """Examine this host, and the NICs of a living daemon's config beside all hardware.
 
-    ``probe`` is accepted for rules that have to be tried; nothing in this version has to be.
+    ``probe`` tries what cannot be known otherwise: see ``nics.capabilities``.
     """
     try:
         with Client(paths.socket) as client:
@@ -112,10 +112,10 @@ def doctor(paths: Paths, probe: bool) -> Report:
             switches = {switch.name: switch for switch in client.switches()}
             ports = client.ports()
     except NoDaemonError:
-        return diagnose(paths)
+        return diagnose(paths, probe=probe)
     places = {
         port.name: Place(port.device, switch.name if switch.bridge == "kernel" else None, switch.uplink)
         for port in ports
         if port.device and port.queue_asked != "off" and (switch := switches.get(port.switch)) is not None
     }
-    return diagnose(paths, nics or None, list(switches), places)
+    return diagnose(paths, nics or None, list(switches), places, probe=probe)

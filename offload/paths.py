@@ -32,6 +32,11 @@ class Paths:
         return self.run_dir / "journal.jsonl"
 
     @property
+    def hurrying(self) -> Path:
+        """Is there while grace periods are expedited (``kernel.rcu``)."""
+        return self.run_dir / "rcu-expedited"
+
+    @property
     def pending(self) -> Path:
         """A takeover that waits for its confirmation."""
         return self.run_dir / "takeover.json"
@@ -76,4 +81,4 @@ class Paths:
     @property
     def objects(self) -> Path:
         """Pinned programs, maps and links. The name changes when their layout does."""
-        return self.pin_dir / "v3"
+        return self.pin_dir / "v4"

@@ -14,10 +14,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from . import bonds, channels, switches, takeover
+from . import bonds, channels, steering, switches, takeover
 from .config import (
     Config,
-    NicConfig,
     PortConfig,
     VlanMode,
     conduit_inner,
@@ -25,6 +24,7 @@ from .config import (
     host_inner,
 )
 from .errors import ConfigError, ForeignError, OffloadError, Problem, UnsupportedError
+from .hardware import Hardware
 from .model import (
     Address,
     AdminUp,
@@ -38,14 +38,20 @@ from .model import (
     Fdb,
     Feature,
     Filter,
+    FunctionAddress,
+    FunctionPort,
+    Functions,
     HostPair,
     Ipv6Disabled,
+    IrqAffinity,
     Link,
     LinkDns,
     Master,
     Member,
     MemberRow,
+    NapiAffinity,
     Network,
+    NicAddress,
     NicSockets,
     PeerFeature,
     PortRecord,
@@ -56,18 +62,21 @@ from .model import (
     Resource,
     Roster,
     Route,
+    Spread,
     State,
     Station,
     StationRow,
     StationState,
+    SteeringRule,
     Trunk,
     Uplink,
     Value,
+    Xps,
 )
 from .queues import Queue, Request, allocate
 from .switches import Switch
 
-RUNNING, TRUNK, NO_FRAGS, FRAGS_POSSIBLE, BYPASS, SOCKETS = 1, 2, 4, 8, 16, 32
+RUNNING, TRUNK, NO_FRAGS, FRAGS_POSSIBLE, BYPASS, SOCKETS, GRO, GRO_TCP = 1, 2, 4, 8, 16, 32, 64, 128
 """Port flags, as in ``bpf/abi.h``."""
 
 RING_SIZE = 4096
@@ -82,8 +91,9 @@ TAG_IN_FRAME = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 """Features of a NIC that hide the VLAN tag from XDP."""
 PEER_TAG_IN_FRAME = ("tx-vlan-hw-insert", "tx-vlan-stag-hw-insert")
 """The same on a veth: it is the sender's end that keeps the tag beside the frame."""
-NAPI = "rx-gro"
-"""A veth takes redirected frames only while its other end polls, which GRO switches on."""
+NAPI = MERGING = "rx-gro"
+"""A veth takes redirected frames only while its other end polls, which GRO switches on. On a NIC it
+merges frames that XDP leaves to the stack."""
 
 _REDIRECT_TARGETS = ("veth", "tun")
 _RECYCLED = re.compile(r"vnet\d+")
@@ -100,10 +110,13 @@ class Facts:
     the version of their programs, ``networks`` the switches' numbers, ``stations`` where each address
     is, by number, MAC and VID.
     ``redirects_frags``: XDP can hand a frame of several buffers to a device that takes such frames.
-    ``af_xdp`` is what AF_XDP ports need to know.
+    ``af_xdp`` is what AF_XDP ports need to know. ``hardware`` is what each uplink offers for hardware
+    queues, ``own_rules`` MAC and VID of the steering rules there that are ours. ``moved`` are CPUs that
+    queues shall move to, by port, ``ages`` the order in which ports came. ``merging`` tells whether TCP of
+    ports with ``delivery: auto`` shall be merged from now on; for others it stays as it is.
     """
 
-    links: Mapping[str, Link]
+    links: dict[str, Link]
     online_cpus: tuple[int, ...]
     vlan_filtering: bool = False
     redirects_frags: bool = True
@@ -111,18 +124,23 @@ class Facts:
     switch_digest: str = ""
     detached: bool = False
     own: frozenset[str] = frozenset()
-    members: Mapping[int, tuple[MemberRow, str]] = field(default_factory=dict)
+    members: dict[int, tuple[MemberRow, str]] = field(default_factory=dict)
     networks: Mapping[str, int] = field(default_factory=dict)
-    stations: Mapping[tuple[int, str, int], StationRow] = field(default_factory=dict)
+    stations: dict[tuple[int, str, int], StationRow] = field(default_factory=dict)
     programs: Mapping[int, int] = field(default_factory=dict)
-    held: Mapping[str, tuple[int, PortRecord]] = field(default_factory=dict)
-    peers: Mapping[str, str | None] = field(default_factory=dict)
+    held: dict[str, tuple[int, PortRecord]] = field(default_factory=dict)
+    peers: dict[str, str | None] = field(default_factory=dict)
     features: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
     managers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     addresses: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     bonds: Mapping[str, bonds.Bond] = field(default_factory=dict)
     host: takeover.HostNetwork = field(default_factory=takeover.HostNetwork)
     af_xdp: channels.Host = field(default_factory=channels.Host)
+    hardware: Mapping[str, Hardware] = field(default_factory=dict)
+    own_rules: Mapping[str, frozenset[tuple[str, int]]] = field(default_factory=dict)
+    moved: Mapping[str, int] = field(default_factory=dict)
+    ages: Mapping[str, int] = field(default_factory=dict)
+    merging: Mapping[str, bool] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -132,6 +150,11 @@ class PortDecision:
 
     ``filters`` is how many (MAC, VID) pairs it stands for. ``queue`` is what it holds,
     also while its device is away. ``wants_queue``: it would have one if there were one left.
+    ``queue_device`` is the virtual function's device that is the queue, if one is, ``rx_queue`` the NIC's RX
+    queue that a rule was read back to give the port's frames to. ``queue_standing``: the NIC has been
+    read back to sort the port's frames into its hardware queue. ``delivery``: which frames are merged (GRO)
+    before the device gets them, none, those of TCP, or all; ``None`` without a queue. ``adapts``: that goes
+    by what comes.
     """
 
     name: str
@@ -142,6 +165,11 @@ class PortDecision:
     queue: Queue | None
     reason: str | None
     wants_queue: bool
+    queue_device: str | None = None
+    rx_queue: int | None = None
+    queue_standing: bool = False
+    delivery: Literal["frames", "tcp", "gro"] | None = None
+    adapts: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,19 +177,25 @@ class Desired:
     """What shall be: ``state`` for the kernel, the rest for people.
 
     ``refusals`` are reasons not to begin with this config at all; a daemon that is already
-    running goes on with what is left.
+    running goes on with what is left. ``nics`` are the uplinks, with what they were found to have,
+    ``queues`` who has which queue of each, ``switches`` what was decided about each switch. ``shares`` are
+    the parts of ``state`` that each port brings.
     """
 
-    state: State
-    ports: Mapping[str, PortDecision]
+    state: dict[Resource, Value]
+    ports: dict[str, PortDecision]
     nic_problems: Mapping[str, tuple[str, ...]]
     refusals: tuple[OffloadError, ...]
+    nics: Mapping[str, steering.Nic] = field(default_factory=dict)
+    queues: Mapping[str, Mapping[str, Queue]] = field(default_factory=dict)
+    switches: Mapping[str, Switch] = field(default_factory=dict)
+    shares: dict[str, Mapping[Resource, Value]] = field(default_factory=dict)
 
 
 def desire(config: Config, facts: Facts) -> Desired:
     """Decide for every switch, NIC and port of ``config``."""
     facts = replace(facts, links={**channels.to_come(config, facts.links), **facts.links})
-    ids = _ids(config, facts)
+    ids = port_ids(config, facts)
     nic_problems: dict[str, list[str]] = {name: [] for name in config.nics}
     refusals: list[OffloadError] = [
         *_impossible(config, facts),
@@ -187,26 +221,104 @@ def desire(config: Config, facts: Facts) -> Desired:
         uplink_id = ids[_uplink_name(usable)] if usable else None
         state |= switches.standing(switch, facts.links, uplink_id, facts.switch_digest)
         if usable and link:
-            state |= _uplink(switch, link, ids[_uplink_name(usable)], config.nics[usable], facts)
+            state |= _uplink(switch, _nic(switch, usable, ids, config, facts), config, facts)
 
-    nics = [switch.nic for switch in standing.values() if switch.nic]
-    queues = {nic: _queues(nic, config, facts) for nic in nics}
-    decisions = {}
+    nics = {
+        switch.nic: _nic(switch, switch.nic, ids, config, facts) for switch in standing.values() if switch.nic
+    }
+    queues = {name: _queues(nic, config, facts) for name, nic in nics.items()}
+    decisions, shares = {}, {}
+    steered: dict[str, list[steering.Steered]] = {name: [] for name in nics}
     for name, port in config.ports.items():
-        decided = _port(name, port, standing.get(port.switch), queues, ids[name], facts)
-        decisions[name] = decided.decision
+        decided = _port(name, port, standing.get(port.switch), nics, queues, ids[name], facts)
+        decisions[name], shares[name] = decided.decision, decided.state
         state |= decided.state
+        if decided.steered and decided.decision.nic:
+            steered[decided.decision.nic].append(decided.steered)
+    refusals += _no_hardware(config, nics, facts)
     for switch in standing.values():
         state |= _host(switch, ids, facts)
         if switch.python:
             state[Roster(switch.name)] = _roster(switch, config, ids, facts)
             state[PythonBridge(switch.name)] = True
-    for nic in nics:
-        for queue in queues[nic].values():
-            if queue.cpu in facts.online_cpus and not facts.detached:
-                state[QueueCpu(nic, facts.links[nic].ifindex, queue.cpu)] = RING_SIZE
+    for name, uplink in nics.items() if not facts.detached else ():
+        state |= _queue_cpus(uplink, queues[name], facts)
+        state |= steering.steered(uplink, steered[name], _macs_of(name, config))
     problems = {name: tuple(told) for name, told in nic_problems.items()}
-    return Desired(state, decisions, problems, tuple(refusals))
+    return Desired(state, decisions, problems, tuple(refusals), nics, queues, standing, shares)
+
+
+def desire_again(
+    config: Config, facts: Facts, changed: Collection[str], around: Collection[str], before: Desired
+) -> tuple[Desired, set[Resource]] | None:
+    """As ``desire``, where nothing has changed since ``before`` but some ports, their devices and stations.
+
+    ``around`` are the switches that these ports are or were in. Also says which resources that is about.
+    ``None`` where it is about more than these ports: a switch that is another now (by its VLANs,
+    say), a queue of another port, a NIC or a bridge that is told of all ports.
+    """
+    if before.refusals or facts.detached:
+        return None
+    if coming := channels.to_come(config, facts.links):
+        facts = replace(facts, links=coming | facts.links)
+    nics = {}
+    for name in around:
+        known = before.switches.get(name)
+        if (
+            known is None
+            or known.python
+            or known != switches.decided(name, config, known.number, known.nic, facts.vlan_filtering)
+        ):
+            return None
+        if known.nic:
+            nics[known.nic] = before.nics[known.nic]
+    if any(nic.hardware.how for nic in nics.values()):
+        return None
+    few = config.model_copy(
+        update={"ports": {name: config.ports[name] for name in changed if name in config.ports}}
+    )
+    queues = {**before.queues}
+    for name, nic in nics.items():
+        others = {port: queue for port, queue in before.queues[name].items() if port not in changed}
+        if nic.settings.max is None:
+            queues[name] = {**others, **_queues(nic, few, facts, others)}
+        else:
+            queues[name] = _queues(nic, config, facts)
+            if any(queues[name].get(port) != queue for port, queue in others.items()) or any(
+                port not in others and port not in changed for port in queues[name]
+            ):
+                return None
+
+    ids = port_ids_again(changed, facts, before)
+    decisions, shares = before.ports.copy(), before.shares.copy()
+    was: dict[Resource, Value] = {}
+    now: dict[Resource, Value] = {}
+    for name in changed:
+        was |= before.shares.get(name, {})
+        if port := config.ports.get(name):
+            switch = before.switches[port.switch]
+            decided = _port(name, port, switch, before.nics, queues, ids[name], facts)
+            decisions[name], shares[name] = decided.decision, decided.state
+            now |= decided.state
+        else:
+            decisions.pop(name, None)
+            shares.pop(name, None)
+    for name, nic in nics.items():
+        was |= _queue_cpus(nic, before.queues[name], facts)
+        now |= _queue_cpus(nic, queues[name], facts)
+    state = before.state.copy()
+    for resource in was:
+        del state[resource]
+    state |= now
+    refusals = (*_impossible(few, facts), *_no_hardware(few, nics, facts))
+    again = replace(before, state=state, ports=decisions, refusals=refusals, queues=queues, shares=shares)
+    return again, {*was, *now}
+
+
+def _queue_cpus(nic: steering.Nic, queues: Mapping[str, Queue], facts: Facts) -> dict[Resource, Value]:
+    """The CPUs that serve queues of a NIC."""
+    cpus = {queue.cpu for queue in queues.values() if queue.cpu in facts.online_cpus}
+    return {QueueCpu(*nic.at, cpu): RING_SIZE for cpu in cpus}
 
 
 def _names_taken(name: str, config: Config, facts: Facts) -> Iterable[OffloadError]:
@@ -318,10 +430,9 @@ def _obstacles(nic: str, link: Link, switch: str, config: Config, facts: Facts) 
         )
 
 
-def _uplink(
-    switch: Switch, link: Link, port_id: int, settings: NicConfig, facts: Facts
-) -> dict[Resource, Value]:
-    at = (link.name, link.ifindex)
+def _uplink(switch: Switch, nic: steering.Nic, config: Config, facts: Facts) -> dict[Resource, Value]:
+    at, link, port_id = nic.at, nic.link, nic.member.port
+    settings = config.nics[link.name]
     flags = 0 if facts.detached else BYPASS
     row = PortRecord(_uplink_name(link.name), 0, None, 0, flags, link.mtu + ETHERNET_HEADER, link.ifindex)
     member = MemberRow(port_id, switch.number, "uplink", bypass=not facts.detached)
@@ -334,6 +445,8 @@ def _uplink(
     if facts.detached:
         return state
     state[Uplink(*at)] = (settings.xdp_mode, facts.digest)
+    if not nic.generic:
+        state[Feature(*at, MERGING)] = True
     if link.kind == "veth":
         state |= {PeerFeature(*at, feature): False for feature in PEER_TAG_IN_FRAME}
     else:
@@ -441,22 +554,75 @@ def _roster(switch: Switch, config: Config, ids: Mapping[str, int], facts: Facts
     return (tuple(entries), json.dumps(extensions))
 
 
-def _queues(nic: str, config: Config, facts: Facts) -> dict[str, Queue]:
-    settings = config.nics[nic].queues
-    cpus = [cpu for cpu in settings.cpus or facts.online_cpus if cpu in facts.online_cpus]
-    requests = [
-        Request(name, port.weight, port.cpu)
-        for name, port in config.ports.items()
-        if config.switches[port.switch].uplink == nic and _no_queue(name, port, facts) is None
-    ]
-    held = {name: Queue(record.queue, record.cpu) for name, (_, record) in facts.held.items() if record.queue}
-    wanting = {request.port for request in requests}
-    return allocate(
-        requests,
-        {name: queue for name, queue in held.items() if name in wanting},
-        cpus or list(facts.online_cpus),
-        settings.max,
+def _nic(switch: Switch, name: str, ids: Mapping[str, int], config: Config, facts: Facts) -> steering.Nic:
+    """What is needed of a NIC to steer its ports' frames."""
+    generic = config.nics[name].xdp_mode == "generic"
+    return steering.Nic(
+        link=facts.links[name],
+        hardware=steering.usable(facts.hardware.get(name, Hardware()), python=switch.python, generic=generic),
+        settings=config.nics[name].queues,
+        own=facts.own_rules.get(name, frozenset()),
+        member=MemberRow(ids[_uplink_name(name)], switch.number, "function"),
+        digests=(facts.digest, facts.switch_digest),
+        generic=generic,
     )
+
+
+def _queues(
+    nic: steering.Nic, config: Config, facts: Facts, beside: Mapping[str, Queue] | None = None
+) -> dict[str, Queue]:
+    """The queues of a NIC by port; ``beside`` are those of ports that are not in ``config``."""
+    near = [cpu for cpu in nic.hardware.local_cpus if cpu in facts.online_cpus]
+    others = [cpu for cpu in facts.online_cpus if cpu not in near]
+    cpus = [cpu for cpu in nic.settings.cpus or () if cpu in facts.online_cpus]
+    ports = {
+        name: port
+        for name, port in config.ports.items()
+        if config.switches[port.switch].uplink == nic.link.name and _no_queue(name, port, facts) is None
+    }
+    return allocate(
+        [
+            Request(name, port.weight, port.cpu, _kind(nic, port))
+            for name, port in sorted(ports.items(), key=lambda item: facts.ages.get(item[0], 0))
+        ],
+        {
+            name: Queue(
+                record.queue, facts.moved.get(name, record.cpu), steering.held_slot(nic, ports[name], port_id)
+            )
+            for name, (port_id, record) in facts.held.items()
+            if record.queue and name in ports
+        },
+        cpus or [*near, *others],
+        nic.settings.max,
+        steering.slots(nic),
+        beside,
+    )
+
+
+def _macs_of(nic: str, config: Config) -> list[str]:
+    """The addresses of all ports of a NIC."""
+    return [
+        mac
+        for port in config.ports.values()
+        if config.switches[port.switch].uplink == nic
+        for mac in port.mac
+    ]
+
+
+def _kind(nic: steering.Nic, port: PortConfig) -> Literal["auto", "hardware", "software"]:
+    if port.queue == "auto" and steering.unfit(nic, port):
+        return "software"
+    return "auto" if port.queue == "off" else port.queue
+
+
+def _no_hardware(config: Config, nics: Mapping[str, steering.Nic], facts: Facts) -> Iterable[OffloadError]:
+    """Ports that ask for a hardware queue that no NIC of theirs can give."""
+    for name, port in config.ports.items():
+        nic = nics.get(config.switches[port.switch].uplink or "")
+        if port.queue == "hardware" and nic and (why := steering.unfit(nic, port)):
+            yield UnsupportedError(
+                f"ports.{name}.queue: hardware: {nic.link.name} has none for it: {why}; or `queue: auto`"
+            )
 
 
 def _no_queue(name: str, port: PortConfig, facts: Facts) -> str | None:
@@ -477,13 +643,24 @@ def _no_queue(name: str, port: PortConfig, facts: Facts) -> str | None:
     return None
 
 
-def _ids(config: Config, facts: Facts) -> dict[str, int]:
+def port_ids(config: Config, facts: Facts) -> dict[str, int]:
     """Rows of the port table by name: a port keeps its id; new ones get the lowest that nobody has."""
     names = [*config.ports]
     for name, switch in config.switches.items():
         names += [_uplink_name(switch.uplink)] if switch.uplink else []
         names += [_host_name(name)] if switch.host else []
     return _numbered(names, {name: port_id for name, (port_id, _) in facts.held.items()})
+
+
+def port_ids_again(names: Collection[str], facts: Facts, before: Desired) -> dict[str, int]:
+    """As ``port_ids``, for the ports ``names`` alone; no other row of ``before`` is given away."""
+    known = {name: before.ports[name].port_id for name in names if name in before.ports}
+    known |= {name: facts.held[name][0] for name in names if name in facts.held}
+    if len(known) < len(names):
+        others = {name: decision.port_id for name, decision in before.ports.items()}
+        others |= {name: port_id for name, (port_id, _) in facts.held.items()}
+        known = _numbered(names, others | known)
+    return known
 
 
 def _numbers(config: Config, facts: Facts) -> dict[str, int]:
@@ -503,12 +680,14 @@ class _Decided:
 
     decision: PortDecision
     state: Mapping[Resource, Value]
+    steered: steering.Steered | None = None
 
 
 def _port(
     name: str,
     port: PortConfig,
     switch: Switch | None,
+    nics: Mapping[str, steering.Nic],
     queues: Mapping[str, Mapping[str, Queue]],
     port_id: int,
     facts: Facts,
@@ -528,6 +707,8 @@ def _port(
     state: dict[Resource, Value] = {}
     stations: Mapping[str, StationState] = {}
     running = False
+    delivery: Literal["frames", "tcp", "gro"] | None = None
+    adapts = False
     if present and switch:
         at = (present.name, present.ifindex)
         stations = switches.where(switch, port.mac, port.vlan, port_id, present.ifindex, facts.stations)
@@ -552,8 +733,14 @@ def _port(
         else:
             flags |= BYPASS if bypass else 0
             running = queue is not None and not facts.detached
-        if running:
-            flags |= RUNNING | _frag_flags(present, nic, facts)
+            if running and queue and queue.cpu is not None and queue.cpu not in facts.online_cpus:
+                running, reason = False, f"CPU {queue.cpu}, which shall serve its queue, is offline"
+        if running and queue:
+            whole = _whole_frames(port, nics[nic or ""], queue)
+            merges = 0 if whole else _merging(name, port, facts)
+            reason = reason or (f"delivery: frames: {whole}" if port.delivery == "gro" and whole else None)
+            delivery, adapts = _DELIVERIES[merges], port.delivery == "auto" and not whole
+            flags |= RUNNING | merges | _frag_flags(present, nic, facts)
             if present.kind == "veth" and not port.af_xdp:
                 state[PeerFeature(*at, NAPI)] = True
         if port.af_xdp:
@@ -577,7 +764,7 @@ def _port(
             Filter(nic, facts.links[nic].ifindex, mac, vid): port_id for mac in here for vid in port.vlan.vids
         }
     if reason is None and not running:
-        reason = _why_bridge(port, switch, no_queue, facts)
+        reason = _why_bridge(port, switch, nics.get(nic or ""), no_queue, facts)
     if reason is None:
         reason = _why_not_here(stations, nic)
     decision = PortDecision(
@@ -589,8 +776,39 @@ def _port(
         queue=queue if nic else None,
         reason=reason,
         wants_queue=nic is not None and queue is None and no_queue is None,
+        delivery=delivery,
+        adapts=adapts,
     )
-    return _Decided(decision, state)
+    if nic is None or queue is None or queue.slot is None:
+        return _Decided(decision, state)
+    decision = replace(
+        decision,
+        queue_device=steering.device(nics[nic], queue),
+        rx_queue=steering.rx_queue(nics[nic], port),
+        queue_standing=bool(here) and steering.standing(nics[nic], port, queue),
+    )
+    return _Decided(decision, state, steering.Steered(port_id, port, queue, here))
+
+
+_DELIVERIES: Mapping[int, Literal["frames", "tcp", "gro"]] = {0: "frames", GRO_TCP: "tcp", GRO: "gro"}
+
+
+def _whole_frames(port: PortConfig, nic: steering.Nic, queue: Queue) -> str | None:
+    """Why frames of a port cannot be merged before its device gets them; ``None``: they can."""
+    if port.af_xdp:
+        return "an AF_XDP socket takes frames as they come"
+    if nic.generic:
+        return f"{nic.link.name} has XDP in generic mode, for which the kernel leaves GRO out"
+    if steering.device(nic, queue):
+        return "a virtual function has no way from GRO past the bridge"
+    return None
+
+
+def _merging(name: str, port: PortConfig, facts: Facts) -> int:
+    """The flag for which of a port's frames are merged, where they can be."""
+    _, held = facts.held.get(name, (0, None))
+    tcp = facts.merging.get(name, held is not None and bool(held.flags & GRO_TCP))
+    return {"frames": 0, "gro": GRO, "auto": GRO_TCP if tcp else 0}[port.delivery]
 
 
 def _frag_flags(link: Link, nic: str | None, facts: Facts) -> int:
@@ -617,7 +835,9 @@ def _why_not_here(stations: Mapping[str, StationState], nic: str | None) -> str 
     return f"nothing has been heard from {expected[0]} yet" if expected else None
 
 
-def _why_bridge(port: PortConfig, switch: Switch | None, no_queue: str | None, facts: Facts) -> str | None:
+def _why_bridge(
+    port: PortConfig, switch: Switch | None, nic: steering.Nic | None, no_queue: str | None, facts: Facts
+) -> str | None:
     """Why a port is not on the fast path; nothing where none could be asked for."""
     if no_queue:
         return no_queue
@@ -625,8 +845,11 @@ def _why_bridge(port: PortConfig, switch: Switch | None, no_queue: str | None, f
         return None
     if facts.detached:
         return "the fast path is detached: `offload apply FILE` puts it back"
-    if switch is None or switch.nic is None:
+    if switch is None or nic is None:
         return "its switch has no NIC that could sort frames"
+    if port.queue == "hardware":
+        why = steering.unfit(nic, port)
+        return why or f"all {len(steering.slots(nic))} hardware queues of {nic.link.name} are taken"
     return "no queue is left: queues.max of the NIC is reached"
 
 
@@ -668,6 +891,7 @@ _ORDER: tuple[type[Resource], ...] = (
     Conduit,
     HostPair,
     Channel,
+    Functions,
     Ipv6Disabled,
     Feature,
     PeerFeature,
@@ -689,14 +913,39 @@ _ORDER: tuple[type[Resource], ...] = (
     Carried,
     Uplink,
     QueueCpu,
+    FunctionPort,
+    IrqAffinity,
+    NapiAffinity,
+    Xps,
     NicSockets,
     PortSlot,
     Filter,
+    NicAddress,
+    Spread,
+    SteeringRule,
+    FunctionAddress,
 )
 """In which order things are set. A device has its programs before it is in the bridge, and everything
-stands before the first filter sends a frame there. Things are unset in reverse."""
+stands before the first filter sends a frame there, and that before the NIC itself sorts frames there. A NIC
+has its virtual functions before its program, whose attachment resets it. Things are unset in reverse."""
 
-SETTINGS = (Master, AdminUp, Promiscuous, Feature, PeerFeature, Ipv6Disabled, Carried, Route)
+SETTINGS = (
+    Master,
+    AdminUp,
+    Promiscuous,
+    Feature,
+    PeerFeature,
+    Ipv6Disabled,
+    Carried,
+    Route,
+    Functions,
+    IrqAffinity,
+    NapiAffinity,
+    Xps,
+    NicAddress,
+    Spread,
+    SteeringRule,
+)
 """Settings of devices that are not ours: journalled before they are changed, and given back."""
 
 
@@ -721,8 +970,9 @@ def difference(observed: State, desired: State, originals: State) -> tuple[Chang
         if value != after:
             unset.append(Change(resource, value, after))
     carrying = {resource.ifindex for resource in (*observed, *desired) if isinstance(resource, Carried)}
-    unset.sort(key=lambda change: (-_place(change, carrying), takeover.rank(change)))
-    put.sort(key=lambda change: (_place(change, carrying), takeover.rank(change)))
+    dividing = {change.resource.ifindex for change in put if isinstance(change.resource, Functions)}
+    unset.sort(key=lambda change: (-_place(change, carrying, dividing), takeover.rank(change)))
+    put.sort(key=lambda change: (_place(change, carrying, dividing), takeover.rank(change)))
     detached = {change.resource.ifindex for change in unset if isinstance(change.resource, Uplink)}
     idle = [
         change
@@ -730,9 +980,15 @@ def difference(observed: State, desired: State, originals: State) -> tuple[Chang
         if isinstance(change.resource, QueueCpu) and change.resource.ifindex not in detached
     ]
     stops = [stop for change in (*unset, *put) if (stop := _stop(change))]
-    unset = [_after_stop(change) for change in unset if change not in idle]
-    put = [_after_stop(change) for change in put]
-    return tuple(change for change in (*stops, *unset, *put, *idle) if change.before != change.after)
+    # A virtual function's program passes nothing on for another port than its own.
+    stops.sort(key=lambda change: not isinstance(change.resource, FunctionAddress))
+    # An address that moves between a NIC and its virtual function is at both for a moment, never at neither.
+    taken = [change for change in put if isinstance(change.resource, NicAddress)]
+    left = [change for change in unset if isinstance(change.resource, NicAddress)]
+    unset = [_after_stop(change) for change in unset if change not in (*idle, *left)]
+    put = [_after_stop(change) for change in put if change not in taken]
+    steps = (*taken, *stops, *unset, *put, *left, *idle)
+    return tuple(change for change in steps if change.before != change.after)
 
 
 def _without_left_bridges(observed: State, desired: State) -> State:
@@ -749,12 +1005,15 @@ def _without_left_bridges(observed: State, desired: State) -> State:
     }
 
 
-def _place(change: Change, carrying: Collection[int]) -> int:
+def _place(change: Change, carrying: Collection[int], dividing: Collection[int]) -> float:
     """Where a change stands in the order of setting.
 
-    Switching IPv6 off takes a device's addresses away, so it waits until these have moved.
+    Switching IPv6 off takes a device's addresses away, so it waits until these have moved. A NIC that is
+    to have virtual functions is set up before that, for their driver asks it for their addresses.
     """
     resource = change.resource
+    if isinstance(resource, (Ipv6Disabled, AdminUp)) and resource.ifindex in dividing:
+        return _ORDER.index(Functions) - (0.2 if isinstance(resource, Ipv6Disabled) else 0.1)
     if isinstance(resource, Ipv6Disabled) and resource.ifindex in carrying:
         return len(_ORDER)
     return _ORDER.index(type(resource))
@@ -765,6 +1024,8 @@ def _stop(change: Change) -> Change | None:
 
     That comes before its filters go, so that frames on their way still find whose they are.
     """
+    if isinstance(change.resource, FunctionAddress) and change.before and change.after:
+        return replace(change, after=None)
     if not isinstance(change.resource, PortSlot) or not isinstance(change.before, tuple):
         return None
     before = PortRecord.of(change.before)
@@ -786,9 +1047,27 @@ def _stopped(record: PortRecord) -> PortRecord:
 
 def without_fast_path(observed: State) -> dict[Resource, Value]:
     """What ``offload detach`` leaves: the switches as they are, nothing of XDP and nothing past a bridge."""
-    gone = (Uplink, QueueCpu, Filter, NicSockets, Feature, PeerFeature)
+    gone = (
+        Uplink,
+        QueueCpu,
+        Filter,
+        NicSockets,
+        Feature,
+        PeerFeature,
+        Functions,
+        FunctionPort,
+        FunctionAddress,
+        IrqAffinity,
+        NapiAffinity,
+        Xps,
+        NicAddress,
+        Spread,
+        SteeringRule,
+    )
     state: dict[Resource, Value] = {
-        resource: value for resource, value in observed.items() if not isinstance(resource, gone)
+        resource: value
+        for resource, value in observed.items()
+        if not isinstance(resource, gone) and not _of_function(resource, value)
     }
     for resource, value in state.items():
         if isinstance(resource, PortSlot) and isinstance(value, tuple):
@@ -796,3 +1075,10 @@ def without_fast_path(observed: State) -> dict[Resource, Value]:
         if isinstance(resource, Member) and isinstance(value, tuple):
             state[resource] = replace(MemberRow.of(value), bypass=False).as_value(str(value[-1]))
     return state
+
+
+def _of_function(resource: Resource, value: Value) -> bool:
+    """Whether this is a virtual function's place in a switch."""
+    return (
+        isinstance(resource, Member) and isinstance(value, tuple) and MemberRow.of(value).role == "function"
+    )

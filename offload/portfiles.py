@@ -41,7 +41,7 @@ def save(paths: Paths, before: Mapping[str, PortFile], after: Mapping[str, PortF
     for name in before.keys() - after.keys():
         _file(paths, name, before[name]).unlink(missing_ok=True)
     for name, entry in after.items():
-        if before.get(name) != entry:
+        if (was := before.get(name)) is not entry and was != entry:
             file = _file(paths, name, entry)
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
             draft = file.with_suffix(".new")

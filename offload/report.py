@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Literal
 
+from . import lifecycle, steering
 from .bridge.state import BridgeState
 from .config import Config, PortConfig, vid_ranges
-from .model import Filter, Link, StationRow, StationState
+from .kernel.host import Answer
+from .model import Filter, Link, Resource, StationRow, StationState
 from .plan import Desired, PortDecision
 from .views import (
     AfXdp,
+    CapabilityView,
     CounterPath,
     Counters,
     Counts,
     DefaultPath,
     ExtensionView,
+    HardwareQueues,
     HostView,
     NetworkView,
     NicView,
@@ -26,7 +31,6 @@ from .views import (
     ProgramView,
     PythonBridgeView,
     QueueFilter,
-    QueueState,
     QueueView,
     StationView,
     SwitchView,
@@ -63,7 +67,9 @@ class Reading:
     ``heard`` has a port's addresses by port id and MAC, ``moves`` how often they went to the wire in
     all, by port id. ``untagged`` is the VID of a bridge's untagged frames, by switch; ``host_addresses``
     are those that the host has now, by interface. ``bridges`` are the Python bridges, by switch, and
-    ``channels`` what there is to know of AF_XDP ports, by port.
+    ``channels`` what there is to know of AF_XDP ports, by port. ``functions`` are tallies of virtual
+    functions, by device: group, stranger and passed, as in ``struct function_counters``.
+    ``capabilities`` are answers about NICs by name, ``numa_nodes`` the nodes of those that are at one.
     """
 
     links: Mapping[str, Link] = field(default_factory=dict)
@@ -80,6 +86,9 @@ class Reading:
     host_addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bridges: Mapping[str, PythonBridgeView] = field(default_factory=dict)
     channels: Mapping[str, ChannelReading] = field(default_factory=dict)
+    functions: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    capabilities: Mapping[str, Mapping[str, Answer]] = field(default_factory=dict)
+    numa_nodes: Mapping[str, int] = field(default_factory=dict)
 
 
 def heard_addresses(
@@ -91,11 +100,12 @@ def heard_addresses(
     """
     found: dict[int, dict[str, HeardAddress]] = {}
     for (_, mac, _), row in stations.items():
-        away = (row.moves + (row.state == "away")) // 2
+        heard = HeardAddress(row.state, (row.moves + (row.state == "away")) // 2, row.since)
         addresses = found.setdefault(row.port, {})
-        known = addresses.get(mac, HeardAddress(row.state, 0, row.since))
-        state, since = (row.state, row.since) if row.since > known.since else (known.state, known.since)
-        addresses[mac] = HeardAddress(state, max(known.moves, away), since)
+        if known := addresses.get(mac):
+            newer = heard if heard.since > known.since else known
+            heard = replace(newer, moves=max(heard.moves, known.moves))
+        addresses[mac] = heard
     return found
 
 
@@ -125,17 +135,24 @@ def views(
     desired: Desired,
     reading: Reading,
     sources: Mapping[str, Literal["keep", "run"]],
+    since: Mapping[lifecycle.Key, datetime] | None = None,
 ) -> Views:
-    """Put the views together. ``sources`` names the ports that come from files."""
+    """Put the views together. ``sources`` names the ports that come from files.
+
+    ``since`` is when each queue came into its state.
+    """
+    standings = lifecycle.standings(desired)
     ports = [
-        _port(name, port, config, desired.ports[name], reading, sources.get(name, "config"))
+        _port(name, port, config, desired.ports[name], standings, reading, sources.get(name, "config"))
         for name, port in config.ports.items()
     ]
     return Views(
         nics=[_nic(name, config, desired, reading) for name in config.nics],
         switches=[_switch(name, config, desired, reading) for name in config.switches],
         ports=ports,
-        queues=[queue for nic in config.nics for queue in _queues(nic, desired, reading)],
+        queues=[
+            queue for nic in config.nics for queue in _queues(nic, desired, standings, reading, since or {})
+        ],
     )
 
 
@@ -144,10 +161,10 @@ def _port(
     port: PortConfig,
     config: Config,
     decision: PortDecision,
+    standings: Mapping[lifecycle.Key, lifecycle.Standing],
     reading: Reading,
     source: Literal["config", "keep", "run"],
 ) -> PortView:
-    queue = decision.queue
     heard = reading.heard.get(decision.port_id, {})
     return PortView(
         name=name,
@@ -160,9 +177,9 @@ def _port(
         state=decision.state,
         path=decision.path,
         queue_asked=port.queue,
-        queue=PortQueue(id=queue.id, kind="software", cpu=queue.cpu, state=_queue_state(decision))
-        if queue
-        else None,
+        delivery_asked=port.delivery,
+        delivery=decision.delivery,
+        queue=_port_queue(decision, standings),
         af_xdp=channel.shown if (channel := reading.channels.get(name)) else None,
         reason=decision.reason,
         stations=[
@@ -175,23 +192,21 @@ def _port(
     )
 
 
-def _queue_state(decision: PortDecision) -> QueueState:
-    """Running while frames go through it; set while its device is away; paused while that is down."""
-    match decision.state:
-        case "active" if decision.path != "bridge":
-            return "running"
-        case "active":
-            return "allocated"
-        case "waiting":
-            return "set"
-        case _:
-            return "paused"
+def _port_queue(
+    decision: PortDecision, standings: Mapping[lifecycle.Key, lifecycle.Standing]
+) -> PortQueue | None:
+    if decision.nic is None or decision.queue is None:
+        return None
+    queue = standings[decision.nic, decision.queue.id]
+    return PortQueue(id=decision.queue.id, kind=queue.kind, cpu=queue.cpu, state=queue.state)
 
 
 def _sum(*tallies: Mapping[str, int]) -> Traffic:
-    return Traffic(
-        packets=sum(tally["packets"] for tally in tallies), bytes=sum(tally["bytes"] for tally in tallies)
-    )
+    packets = octets = 0
+    for tally in tallies:
+        packets += tally["packets"]
+        octets += tally["bytes"]
+    return Traffic(packets=packets, bytes=octets)
 
 
 _GUARDS = ("spoofed", "guard_dhcp", "guard_ra", "link_local", "host")
@@ -228,6 +243,8 @@ def _port_counters(
         if uplink:
             way: CounterPath = "af_xdp" if port.af_xdp else "queue"
             rx[way] = _sum(counters["socket"], counters["direct"], counters["handed"])
+            if not port.af_xdp:
+                rx["gro"] = _sum(counters["merged"])
         rx |= _rx_by_tc(counters)
         tx = _tx(counters, uplink)
         drops = _switch_drops(counters) | {"ring_full": reading.lost.get(decision.port_id, 0)}
@@ -239,13 +256,55 @@ def _port_counters(
     return Counters(rx=rx, tx=tx, drops={reason: number for reason, number in drops.items() if number})
 
 
-def _queues(nic: str, desired: Desired, reading: Reading) -> Iterable[QueueView]:
-    filters = _filters(nic, desired)
+def _queues(
+    nic: str,
+    desired: Desired,
+    standings: Mapping[lifecycle.Key, lifecycle.Standing],
+    reading: Reading,
+    since: Mapping[lifecycle.Key, datetime],
+) -> Iterable[QueueView]:
     mine = [decision for decision in desired.ports.values() if decision.nic == nic]
+    yield _default_queue(nic, mine, reading)
+    for decision in sorted(mine, key=lambda decision: decision.queue.id if decision.queue else 0):
+        queue, device = decision.queue, decision.queue_device
+        if not queue:
+            continue
+        standing = standings[nic, queue.id]
+        counters = reading.ports.get(decision.port_id)
+        ways = [counters[way] for way in ("socket", "direct", "left", "queued")] if counters else []
+        sorted_in = _sum(*ways)
+        drops = {"ring_full": reading.lost.get(decision.port_id, 0)}
+        if counters:
+            drops["vlan"] = counters["vlan_nic"] + counters["vlan_queue"]
+        function = {name: tally["packets"] for name, tally in reading.functions.get(device or "", {}).items()}
+        if function:
+            drops["stranger"] = function.pop("stranger")
+        yield QueueView(
+            nic=nic,
+            id=queue.id,
+            kind=queue.kind,
+            state=standing.state,
+            since=since.get((nic, queue.id)),
+            cpu=queue.cpu,
+            device=device,
+            rx_queue=decision.rx_queue,
+            standing=decision.queue_standing if queue.kind == "hardware" else None,
+            vlan_by="nic" if device else "xdp",
+            ports=[decision.name],
+            filters=_filters(nic, desired.shares[decision.name]),
+            packets=sorted_in.packets,
+            bytes=sorted_in.bytes,
+            drops=sum(drops.values()),
+            drops_by_reason=drops,
+            not_taken=function,
+        )
+
+
+def _default_queue(nic: str, mine: Iterable[PortDecision], reading: Reading) -> QueueView:
     reasons = reading.nics.get(nic, {})
     uplink = reading.ports.get(reading.ids.get(f"uplink:{nic}", -1))
     refused = {"vlan": _switch_drops(uplink)["vlan"]} if uplink else {}
-    yield QueueView(
+    return QueueView(
         nic=nic,
         id=0,
         kind="default",
@@ -258,43 +317,22 @@ def _queues(nic: str, desired: Desired, reading: Reading) -> Iterable[QueueView]
         drops=sum(refused.values()),
         drops_by_reason=refused,
     )
-    for decision in sorted(mine, key=lambda decision: decision.queue.id if decision.queue else 0):
-        if not decision.queue:
-            continue
-        counters = reading.ports.get(decision.port_id)
-        ways = [counters[way] for way in ("socket", "direct", "queued")] if counters else []
-        sorted_in = _sum(*ways)
-        drops = {"ring_full": reading.lost.get(decision.port_id, 0)}
-        if counters:
-            drops["vlan"] = counters["vlan_nic"] + counters["vlan_queue"]
-        yield QueueView(
-            nic=nic,
-            id=decision.queue.id,
-            kind="software",
-            state=_queue_state(decision),
-            cpu=decision.queue.cpu,
-            ports=[decision.name],
-            filters=filters.get(decision.port_id, []),
-            packets=sorted_in.packets,
-            bytes=sorted_in.bytes,
-            drops=sum(drops.values()),
-            drops_by_reason=drops,
-        )
 
 
-def _filters(nic: str, desired: Desired) -> dict[int, list[QueueFilter]]:
-    """The filters of a NIC by port id: those of addresses that have been heard."""
-    found: dict[int, list[QueueFilter]] = {}
-    for resource, port_id in desired.state.items():
-        if isinstance(resource, Filter) and resource.device == nic and isinstance(port_id, int):
-            found.setdefault(port_id, []).append(QueueFilter(mac=resource.mac, vlan=resource.vid))
-    return found
+def _filters(nic: str, share: Iterable[Resource]) -> list[QueueFilter]:
+    """Those of a port at a NIC: of addresses that have been heard."""
+    return [
+        QueueFilter(mac=resource.mac, vlan=resource.vid)
+        for resource in share
+        if isinstance(resource, Filter) and resource.device == nic
+    ]
 
 
 def _nic(name: str, config: Config, desired: Desired, reading: Reading) -> NicView:
     link = reading.links.get(name)
     program = reading.programs.get(name)
     mode = link.xdp_mode if link and program else None
+    uplink = desired.nics.get(name)
     return NicView(
         name=name,
         ifindex=link.ifindex if link else None,
@@ -308,7 +346,24 @@ def _nic(name: str, config: Config, desired: Desired, reading: Reading) -> NicVi
             decision.nic == name and decision.wants_queue for decision in desired.ports.values()
         ),
         rx_dropped=link.rx_dropped if link else 0,
+        numa_node=reading.numa_nodes.get(name),
+        rx_queues=uplink.hardware.rx_queues if uplink else None,
+        hardware_queues=_hardware_queues(uplink, desired) if uplink else None,
+        capabilities={
+            about: CapabilityView(state=answer.state, why=answer.why, remedy=answer.remedy)
+            for about, answer in reading.capabilities.get(name, {}).items()
+        },
         problems=list(desired.nic_problems.get(name, ())),
+    )
+
+
+def _hardware_queues(nic: steering.Nic, desired: Desired) -> HardwareQueues:
+    mine = [decision.queue for decision in desired.ports.values() if decision.nic == nic.link.name]
+    return HardwareQueues(
+        how=nic.hardware.how,
+        total=len(steering.slots(nic)),
+        in_use=sum(queue is not None and queue.kind == "hardware" for queue in mine),
+        why=nic.hardware.why or None,
     )
 
 

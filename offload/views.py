@@ -19,9 +19,11 @@ PortState = Literal["waiting", "active", "paused", "failed"]
 PortPath = Literal["queue", "af_xdp", "bridge"]
 CounterPath = Literal["queue", "gro", "local", "direct", "af_xdp", "bridge"]
 PortSource = Literal["config", "keep", "run"]
-QueueState = Literal["undefined", "allocated", "set", "running", "paused"]
+QueueState = Literal["undefined", "allocated", "set", "running", "paused", "freed"]
 QueueKind = Literal["hardware", "software"]
 QueueAsked = Literal["auto", "hardware", "software", "off"]
+DeliveryAsked = Literal["auto", "frames", "gro"]
+Delivery = Literal["frames", "tcp", "gro"]
 StationState = Literal["expected", "here", "away"]
 
 PORT_STATES: tuple[PortState, ...] = get_args(PortState)
@@ -46,6 +48,7 @@ class Counters(View):
 
     rx: dict[CounterPath, Traffic] = Field(
         description="Frames towards the VM, by the path that carried them: queue: XDP, from the wire. "
+        "gro: the same, where neighbours were merged first. "
         "local: handed over past the bridge, from another port or the host. bridge: the default path. "
         "af_xdp: XDP, from the wire, into the port's sockets on its NIC's queues or its software channel. "
         "A path that this port cannot take is left out."
@@ -70,13 +73,13 @@ class PortQueue(View):
         description="The queue's number on its NIC; never 0, which is the default queue."
     )
     kind: QueueKind = Field(
-        description="hardware: the NIC itself steers frames into an RX queue outside RSS. "
-        "software: XDP steers them after the NIC chose an RX queue."
+        description="hardware: the NIC itself steers frames into an RX queue outside RSS, or into a virtual "
+        "function. software: XDP steers them after the NIC chose an RX queue."
     )
     cpu: int | None = Field(
         description="The CPU that serves the queue; null: whichever CPU the NIC's RX queue is served by."
     )
-    state: QueueState = Field(description="Where the queue is in its life.")
+    state: QueueState = Field(description="Where the queue is in its life: see the queues.")
 
 
 class AfXdpChannel(View):
@@ -160,6 +163,12 @@ class PortView(View):
     queue_asked: QueueAsked = Field(
         description="queue of the config; off: the port's frames never pass by the bridge."
     )
+    delivery_asked: DeliveryAsked = Field(default="auto", description="delivery of the config.")
+    delivery: Delivery | None = Field(
+        default=None,
+        description="What is done: frames: each is handed over as it comes. gro: all are merged (GRO) first. "
+        "tcp: those of TCP are. null: nothing goes by a queue.",
+    )
     queue: PortQueue | None = Field(description="The port's queue; null: it is served by the default queue.")
     af_xdp: AfXdp | None = Field(description="Its AF_XDP channels; null: the port has a device.")
     reason: str | None = Field(description="Why the port has not got what was asked for; null: it has.")
@@ -188,9 +197,37 @@ class QueueView(View):
     kind: Literal["default", "hardware", "software"] = Field(
         description="default: the queue that takes what no filter matches. Otherwise as for a port's queue."
     )
-    state: QueueState = Field(description="Where the queue is in its life.")
+    state: QueueState = Field(
+        description="allocated: it has its number and its CPU. set: its filters stand, and nothing goes "
+        "through it. running: frames do. paused: its port's device is down. undefined: it is not there. "
+        "freed: only in events, when a queue is given back."
+    )
+    since: AwareDatetime | None = Field(
+        default=None,
+        description="When this state was seen first; null: nobody has looked, as at the default queue.",
+    )
     cpu: int | None = Field(
         description="The CPU that serves the queue; null: whichever CPU the NIC's RX queue is served by."
+    )
+    device: str | None = Field(
+        default=None,
+        description="The virtual function's device that is this hardware queue; null: none is.",
+    )
+    rx_queue: int | None = Field(
+        default=None,
+        description="The NIC's RX queue that a rule in the NIC was read back to give the frames to; null: "
+        "there is no such rule.",
+    )
+    standing: bool | None = Field(
+        default=None,
+        description="Whether the NIC was read back to sort this queue's frames into it; null: no hardware "
+        "queue.",
+    )
+    vlan_by: Literal["nic", "xdp"] | None = Field(
+        default=None,
+        description="Who compares a frame's VLAN. nic: the NIC, which strips the tag before XDP sees the "
+        "frame; it is read back to have the filter's VLAN where standing is true. xdp: our program, after "
+        "the NIC. null: the default queue.",
     )
     ports: list[str] = Field(
         description="The ports it serves; for the default queue, those without one of their own."
@@ -203,8 +240,88 @@ class QueueView(View):
     )
     drops_by_reason: dict[str, NonNegativeInt] = Field(
         description="The same by reason: ring_full (the queue's CPU was too slow), vlan (a tag that the "
-        "port's mode, or for the default queue any mode, does not allow)."
+        "port's mode, or for the default queue any mode, does not allow), stranger (the NIC sorted a frame "
+        "into a virtual function that is not for its port)."
     )
+    not_taken: dict[str, NonNegativeInt] = Field(
+        default={},
+        description="Frames that came to a virtual function and are lost for nobody, though they did not "
+        "go through the queue: group (broadcast and multicast: the NIC itself has them too), passed (to the "
+        "default queue). Empty for other queues.",
+    )
+
+
+class Rate(View):
+    """What one path carried in a second, on average over a while."""
+
+    packets: float = Field(ge=0, description="Frames per second.")
+    bytes: float = Field(ge=0, description="Bytes of these frames per second.")
+
+
+class PortRates(View):
+    """What a port carried and lost."""
+
+    name: str = Field(description="The port's name in the config.")
+    switch: str = Field(description="The switch that the port is on.")
+    state: PortState = Field(description="As in the port's view.")
+    path: PortPath = Field(description="As in the port's view.")
+    queue: int | None = Field(description="The number of its queue on its NIC; null: it has none.")
+    cpu: int | None = Field(description="The queue's CPU; null: no queue, or the CPU of the NIC's RX queue.")
+    rx: dict[CounterPath, Rate] = Field(description="Towards the VM, by path.")
+    tx: dict[CounterPath, Rate] = Field(description="What the VM sent, by path.")
+    drops: dict[str, float] = Field(description="Frames lost per second, by reason; empty: none.")
+
+
+class QueueRates(View):
+    """What a queue of a NIC took and lost."""
+
+    nic: str = Field(description="The NIC's name.")
+    id: NonNegativeInt = Field(description="The queue's number on this NIC; 0 is the default queue.")
+    kind: Literal["default", "hardware", "software"] = Field(description="As in the queue's view.")
+    state: QueueState = Field(description="As in the queue's view.")
+    cpu: int | None = Field(description="As in the queue's view.")
+    ports: list[str] = Field(description="As in the queue's view.")
+    rate: Rate = Field(description="What was sorted into it.")
+    drops: dict[str, float] = Field(description="Frames lost in it per second, by reason; empty: none.")
+
+
+class CpuShare(View):
+    """What a CPU of the host was busy with, whoever made it so."""
+
+    cpu: NonNegativeInt = Field(description="Its number.")
+    busy: float = Field(ge=0, le=1, description="The part of the time that it was not idle.")
+    softirq: float = Field(ge=0, le=1, description="The part of the time that it spent in softirqs.")
+    queues: list[str] = Field(description="The VM queues that it serves, as NIC/ID.")
+
+
+class TopView(View):
+    """What happened in a while: rates instead of counts."""
+
+    seconds: float = Field(gt=0, description="How long that was.")
+    ports: list[PortRates] = Field(description="The ports, in the order of the config.")
+    queues: list[QueueRates] = Field(description="The queues, the default queues included.")
+    cpus: list[CpuShare] = Field(description="The host's CPUs that are online.")
+
+
+class QueueEvent(View):
+    """Something that happened to a VM queue, as it was seen at the end of a reconciliation."""
+
+    time: AwareDatetime = Field(description="When it was seen.")
+    nic: str = Field(description="The NIC's name.")
+    queue: NonNegativeInt = Field(description="The queue's number on this NIC.")
+    kind: QueueKind = Field(description="As for a port's queue.")
+    port: str = Field(description="The port that the queue serves, or served.")
+    before: QueueState = Field(description="The state that was seen last.")
+    after: QueueState = Field(
+        description="The state now; the same as before where the queue has moved to another CPU, or has "
+        "become one of the other kind."
+    )
+    cpu_before: int | None = Field(
+        description="The CPU that served the queue; null: the NIC's, or the queue was undefined."
+    )
+    cpu: int | None = Field(description="The CPU that serves it now; null: the NIC's, or it was freed.")
+    why: str | None = Field(description="Why, for people; null: nothing is known but that it is so.")
+    text: str = Field(description="All of it in plain words.")
 
 
 class ProgramView(View):
@@ -216,6 +333,26 @@ class ProgramView(View):
         description="Time spent in the program; null where the kernel does not count it "
         "(kernel.bpf_stats_enabled)."
     )
+
+
+class CapabilityView(View):
+    """An answer to whether a NIC can do something."""
+
+    state: Literal["yes", "no", "unknown"] = Field(description="unknown: nobody could tell.")
+    why: str = Field(description="What the answer comes from, or how much of it there is.")
+    remedy: str = Field(description="What to do unless the answer is yes; empty: nothing.")
+
+
+class HardwareQueues(View):
+    """Queues that a NIC itself sorts frames into."""
+
+    how: Literal["rules", "functions"] | None = Field(
+        description="rules: steering rules in the NIC name an RX queue. functions: SR-IOV virtual functions. "
+        "null: it has no hardware queues for VMs, and all VM queues are software ones."
+    )
+    total: NonNegativeInt = Field(description="How many there are for VMs.")
+    in_use: NonNegativeInt = Field(description="How many of them serve a port.")
+    why: str | None = Field(description="Why there are none; null: there are.")
 
 
 class NicView(View):
@@ -236,6 +373,20 @@ class NicView(View):
     queues_waiting: NonNegativeInt = Field(description="Ports that want a queue of this NIC and have none.")
     rx_dropped: NonNegativeInt = Field(
         description="Frames that the NIC lost before XDP saw them (rx_dropped)."
+    )
+    numa_node: int | None = Field(
+        default=None, description="The NUMA node that it is at; null: none, or the firmware does not say."
+    )
+    rx_queues: NonNegativeInt | None = Field(
+        default=None, description="RX queues in use, VM queues or not; null: the NIC is no uplink now."
+    )
+    hardware_queues: HardwareQueues | None = Field(
+        default=None, description="Its hardware queues for VMs; null: the NIC is no uplink now."
+    )
+    capabilities: dict[str, CapabilityView] = Field(
+        default={},
+        description="What it can do, by name, as the kernel and its driver answered when it was first seen "
+        "in its present state; `offload doctor` asks anew.",
     )
     problems: list[str] = Field(description="What is wrong with this NIC, in words; empty: nothing.")
 
@@ -426,14 +577,16 @@ class ExplainStep(View):
     """One of the loaded programs that a frame went through."""
 
     program: str = Field(
-        description="uplink, queue (bpf/vmq.c), wire, sent, guard (bpf/switch.c), channel (bpf/channel.c)."
+        description="uplink, queue, function (bpf/vmq.c), wire, sent, guard, strayed (bpf/switch.c), channel "
+        "(bpf/channel.c)."
     )
     device: str = Field(description="Where it stands.")
     counter: str | None = Field(
-        description="The counter of bpf/abi.h that such a frame moves; null: none, the frame ends here."
+        description="The counter of bpf/abi.h that such a frame moves; null: none, the frame ends here, or "
+        "goes from a virtual function to its NIC."
     )
     port: str | None = Field(
-        description="Whose counter that is, uplink:NIC and host:SWITCH among them; null: the NIC's own."
+        description="Whose counter that is, uplink:NIC and host:SWITCH among them; null: the device's own."
     )
 
 

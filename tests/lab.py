@@ -30,6 +30,7 @@ import errno
 import fcntl
 import itertools
 import os
+import platform
 import re
 import select
 import socket
@@ -42,6 +43,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
+
+import pytest
 
 from offload.closing import Closing
 from offload.kernel.netns import call_in
@@ -423,6 +426,11 @@ class Tap(_Collector):
         for _ in range(queues):
             self._queues.append(ns.call(lambda: _open_tap(request)))
 
+    @property
+    def fds(self) -> list[int]:
+        """The open queues, for another process that is to be the VM."""
+        return list(self._queues)
+
     def _fds(self) -> list[int]:
         return self._queues
 
@@ -495,7 +503,7 @@ class Stream:
     def run_on(self, frames: int) -> None:
         """Return when this many frames more were sent."""
         goal = self.sent + frames
-        wait_until(lambda: self._done.done() or self.sent >= goal, f"{frames} frames more are sent")
+        wait_until(lambda: self._done.done() or self.sent >= goal, f"{frames} frames more are sent", 60)
 
     def __enter__(self) -> Self:
         return self
@@ -560,6 +568,14 @@ AS_NOBODY = (
     *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
 )
 """The beginning of a command line that runs without privileges."""
+
+VERSION = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+"""Of the running kernel."""
+HANDED_OVER_SINCE = (6, 4)
+"""The first kernel that lets a process map the rings of a socket that another has bound."""
+handed_over = pytest.mark.skipif(
+    VERSION < HANDED_OVER_SINCE, reason="before Linux 6.4 no socket is handed over"
+)
 
 
 def mac_bytes(mac: str) -> bytes:

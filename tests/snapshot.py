@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from offload.kernel import rcu
 from offload.kernel.bpf import Map
 from tests.instance import Instance
 from tests.lab import Namespace, wait_until
@@ -35,7 +36,8 @@ _SYSCTLS = ("net/ipv4/conf", "net/ipv6/conf", "net/core", "net/bridge")
 
 def snapshot(*namespaces: Namespace) -> Snapshot:
     """Devices, addresses, bridges, forwarding entries, features, programs, filters and sysctls."""
-    return {f"{ns.name}: {key}": value for ns in namespaces for key, value in _namespace(ns)}
+    found = {f"{ns.name}: {key}": value for ns in namespaces for key, value in _namespace(ns)}
+    return found | {"rcu_expedited": rcu.EXPEDITED.read_text()}
 
 
 def settled(*namespaces: Namespace) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes as ct
+import struct
+from collections.abc import Mapping
 from typing import Any
 
 _NUMBERS: dict[str, Any] = {
@@ -12,6 +14,7 @@ _NUMBERS: dict[str, Any] = {
     "int": ct.c_int32,
     "unsigned long long": ct.c_uint64,
 }
+_FORMATS = {ct.c_uint8: "B", ct.c_uint16: "H", ct.c_uint32: "I", ct.c_int32: "i", ct.c_uint64: "Q"}
 
 
 class Layout:
@@ -24,10 +27,14 @@ class Layout:
     def __init__(self, description: Any) -> None:
         self._type = _structure(description)
         self.size = ct.sizeof(self._type)
+        members, formats = _members(self._type, 0)
+        after = self.size - struct.calcsize(f"={formats}")
+        self._members = members
+        self._numbers = struct.Struct(f"={formats}{after}x")
 
     def read(self, raw: bytes) -> dict[str, Any]:
         """Field values by name, nested structs as dicts, arrays as tuples. ``raw`` has ``size`` bytes."""
-        return _as_dict(self._type.from_buffer_copy(raw))
+        return _read(self._members, self._numbers.unpack(raw))
 
     def pack(self, **fields: int | tuple[int, ...]) -> bytes:
         """The struct as bytes; every field must be given."""
@@ -45,10 +52,10 @@ class Layout:
 
         For structs of 64-bit counters only.
         """
+        words = memoryview(raw).cast("Q").tolist()
         step = self.per_cpu_size(1) // 8
-        words = memoryview(raw).cast("Q")
-        sums = [sum(words[index::step]) for index in range(step)]
-        return _as_dict(self._type.from_buffer_copy(b"".join(word.to_bytes(8, "little") for word in sums)))
+        of_cpus = [words[at : at + step] for at in range(0, len(words), step)]
+        return _read(self._members, tuple(map(sum, zip(*of_cpus, strict=True))))
 
 
 def _structure(description: Any) -> Any:
@@ -70,11 +77,29 @@ def _structure_or_union(description: Any) -> Any:
     return type(name or "union", (ct.Union,), {"_fields_": fields})
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
-    result = {}
-    for name, _ in value._fields_:
-        member = getattr(value, name)
-        if isinstance(member, ct.Array):
-            member = tuple(member)
-        result[name] = _as_dict(member) if isinstance(member, ct.Structure) else member
-    return result
+_Members = Mapping[str, Any]
+"""Where a struct's fields are among its numbers: one, a slice (an array), or those of a nested struct."""
+
+
+def _members(kind: Any, first: int) -> tuple[_Members, str]:
+    """The fields of a struct whose first number is the ``first``, and their formats as in ``struct``."""
+    found: dict[str, Any] = {}
+    formats = ""
+    for name, member in kind._fields_:
+        at = first + len(formats)
+        if issubclass(member, ct.Structure):
+            found[name], format_ = _members(member, at)
+        elif issubclass(member, ct.Union):  # nobody reads one
+            size = ct.sizeof(member)
+            found[name], format_ = slice(at, at + size), "B" * size
+        elif issubclass(member, ct.Array):
+            size = member._length_
+            found[name], format_ = slice(at, at + size), _FORMATS[member._type_] * size
+        else:
+            found[name], format_ = at, _FORMATS[member]
+        formats += format_
+    return found, formats
+
+
+def _read(members: _Members, numbers: tuple[int, ...]) -> dict[str, Any]:
+    return {name: _read(at, numbers) if isinstance(at, dict) else numbers[at] for name, at in members.items()}

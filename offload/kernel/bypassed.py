@@ -21,14 +21,15 @@ import socket
 import struct
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pyroute2.netlink.nfnetlink import nfgen_msg
-from pyroute2.netlink.rtnl import RTM_GETQDISC, RTM_GETTFILTER
+from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETQDISC, RTM_GETTFILTER
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from ..config import Config
@@ -50,9 +51,15 @@ _POLICY_DROP = 0
 _TCMSG = struct.Struct("=B3xiIII")  # family, ifindex, handle, parent, info
 _KIND, _OPTIONS = 1, 2
 _BPF_NAME = 7
+_IFINFOMSG = 16  # bytes
+_IFLA_QDISC = 6
 _SIDES = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_…)
 _WITHOUT_RULES = frozenset({"noqueue", "pfifo_fast", "pfifo", "bfifo", "fq", "fq_codel", "mq"})
 """Qdiscs that hold no frame back for longer than the device does, and drop none by a rule."""
+_ALONE = (_WITHOUT_RULES - {"mq"}) | {"noop"}
+"""Of these, those below which there are no others; a device that is down has noop."""
+_FEW = 32
+"""Devices that are asked about one by one; with more of them it takes less time to list everything."""
 _OURS = "offload-"
 """How the names of our own tc programs begin."""
 
@@ -91,10 +98,12 @@ class _Chain:
         return f"the nft chain {self.family} {self.table} {self.name}"
 
 
-def places(config: Config) -> dict[str, Place]:
-    """The ports of ``config`` that may take the fast path."""
+def places(config: Config, ports: Collection[str] | None = None) -> dict[str, Place]:
+    """Those of ``ports``, ``None``: of all in ``config``, that may take the fast path."""
     found = {}
     for name, port in config.ports.items():
+        if ports is not None and name not in ports:
+            continue
         switch = config.switches[port.switch]
         if port.device and port.queue != "off":
             bridge = port.switch if switch.bridge == "kernel" else None
@@ -121,8 +130,9 @@ def look(ports: Mapping[str, Place]) -> Found:
     bridged = any(chain.family == "bridge" for chain in chains)
     tables = (_try(_nft_tables, unread) if bridged else None) or []
     legacy = _try(_legacy_tables, unread) or []
-    devices = {name for place in ports.values() for name in (place.device, place.uplink) if name}
-    disciplines = _try(lambda: _disciplines(devices), unread) or {}
+    devices = {place.device for place in ports.values()}
+    uplinks = {place.uplink for place in ports.values() if place.uplink}
+    disciplines = _try(lambda: _disciplines(devices, uplinks), unread) or {}
     named = {chain.name: chain for chain in chains}
     hooked: defaultdict[str, list[_Chain]] = defaultdict(list)
     for chain in chains:
@@ -137,7 +147,7 @@ def look(ports: Mapping[str, Place]) -> Found:
             *(str(chain) for at in (place.device, place.uplink) if at for chain in hooked.get(at, ())),
             *(f"libvirt's filter {chain}" for chain in _libvirt(place.device) if chain in named),
             *disciplines.get(place.device, ()),
-            *(what for what in disciplines.get(place.uplink or "", ()) if "ingress" in what),
+            *disciplines.get(place.uplink or "", ()),
         ]
         if told:
             passed[name] = tuple(dict.fromkeys(told))
@@ -257,25 +267,50 @@ def _parsed(parse: Callable[[str], T], printed: str, program: str) -> T:
 # tc
 
 
-def _disciplines(devices: Iterable[str]) -> dict[str, list[str]]:
-    """What tc does at each of ``devices`` that the kernel does not do by itself, and that is not ours."""
+def _disciplines(devices: Collection[str], uplinks: Collection[str]) -> dict[str, list[str]]:
+    """What tc does at ``devices``, and where frames enter ``uplinks``, that is not the kernel's own nor ours.
+
+    What leaves by an uplink passes its qdiscs and filters on every path.
+    """
     names = {}
-    for device in devices:
+    for device in (*devices, *uplinks):
         with suppress(OSError):  # it is not there
             names[socket.if_nametoindex(device)] = device
     found: defaultdict[str, list[str]] = defaultdict(list)
     with explained("tc", "list qdiscs and filters"), RouteSocket(open_socket()) as netlink:
+        if len(names) <= _FEW and _nothing_at(netlink, names, uplinks):
+            return {}
         for body in netlink.dump(RTM_GETQDISC, tcmsg()):
             _, ifindex, handle, _, _ = _TCMSG.unpack_from(body)
             if ifindex not in names:
                 continue
             kind = text(attributes(body, _TCMSG.size)[_KIND])
+            name = names[ifindex]
+            leaves = name not in uplinks
             if kind in ("ingress", "clsact"):
-                for side in ("ingress", "egress") if kind == "clsact" else ("ingress",):
-                    found[names[ifindex]] += _foreign_filters(netlink, ifindex, side, names[ifindex])
-            elif handle and kind not in _WITHOUT_RULES:  # the kernel's own choice has no handle
-                found[names[ifindex]].append(f"the tc qdisc {kind} of {names[ifindex]}")
+                for side in ("ingress", "egress") if kind == "clsact" and leaves else ("ingress",):
+                    found[name] += _foreign_filters(netlink, ifindex, side, name)
+            elif leaves and handle and kind not in _WITHOUT_RULES:  # the kernel's own choice has no handle
+                found[name].append(f"the tc qdisc {kind} of {name}")
     return found
+
+
+def _nothing_at(netlink: RouteSocket, names: Mapping[int, str], uplinks: Collection[str]) -> bool:
+    """Whether ``_disciplines`` has nothing to tell, as far as that is known without listing all qdiscs.
+
+    The kernel lists those of all devices or of none (net/sched/sch_api.c, tc_dump_qdisc).
+    """
+    for ifindex, name in names.items():
+        request = ifinfmsg()
+        request["index"] = ifindex
+        link = attributes(netlink.get(RTM_GETLINK, request), _IFINFOMSG)
+        root = text(link.get(_IFLA_QDISC, b""))
+        if root not in _ALONE and name not in uplinks:
+            return False
+        # Without clsact the kernel takes either side for the ingress.
+        if any(True for side in _SIDES for _ in _foreign_filters(netlink, ifindex, side, name)):
+            return False
+    return True
 
 
 def _foreign_filters(netlink: RouteSocket, ifindex: int, side: str, device: str) -> Iterator[str]:

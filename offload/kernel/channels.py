@@ -1,7 +1,7 @@
 """The software channels of AF_XDP ports, and the maps that consumers put their sockets into.
 
 A channel is a veth pair whose inner end is alone in a namespace, kept at ``Paths.namespace``, with a
-program of its own (``bpf/channel.c``). What is pinned for a port, below ``PIN_DIR/v3/xsk/PORT``::
+program of its own (``bpf/channel.c``). What is pinned for a port, below ``PIN_DIR/v4/xsk/PORT``::
 
     xsks               its sockets at the inner end, by RX queue
     channel_counters   what the program saw

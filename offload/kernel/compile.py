@@ -31,7 +31,7 @@ from typing import Any
 
 from ..errors import KernelError, UnsupportedError
 
-FORMAT = 1
+FORMAT = 2
 INSN_BYTES = 8
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
@@ -40,7 +40,8 @@ _BCC_FILE = "/virtual/main.c"  # bcc's name for any source
 _TRACEBACK = "Traceback (most recent call last)"  # Python's, after the C compiler has said what is wrong
 
 _XDP, _SCHED_CLS = 6, 3  # enum bpf_prog_type
-_TC_PROGRAMS = ("sent", "wire", "guard", "unwrap", "silence")  # of switch.c; everything else is XDP
+_TC_PROGRAMS = ("sent", "wire", "guard", "strayed", "unwrap", "silence")
+"""Of switch.c; everything else is XDP."""
 
 
 @dataclass(frozen=True)

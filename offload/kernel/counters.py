@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from ..report import (
     silent_bridge,
 )
 from ..views import AfXdp, AfXdpChannel, PythonBridgeView
+from . import load
 from .channels import Channels
+from .host import Answer
 from .sockets import user_name
 from .system import System
 from .xskdiag import Listed, listed
@@ -39,6 +42,7 @@ class Meter:
         self._lost: dict[tuple[int, str], int] = {}
         self._moves: dict[tuple[int, str], _Growing] = {}
         self._xsk_lost: dict[tuple[str, str, int], _Growing] = {}
+        self._capabilities: dict[str, _Known] = {}
 
     def read(self, config: Config, desired: Desired) -> Reading:
         """The counters now. Takes up to 50 ms longer while frames are on their way between CPUs.
@@ -54,12 +58,12 @@ class Meter:
             if isinstance(resource, PortSlot) and isinstance(value, tuple)
         }
         count = max(names, default=-1) + 1
-        first = plane.port_counters(count)
+        first = second = plane.port_counters(count)
         known = {port_id: self._lost.get((port_id, name), 0) for port_id, name in names.items()}
         waiting = 0
         if any(_missing(first[port_id], first[port_id]) > lost for port_id, lost in known.items()):
             waiting = 0 if self._all_done(count) else RING_SIZE
-        second = plane.port_counters(count)
+            second = plane.port_counters(count)
         lost = {
             port_id: max(known[port_id], _missing(first[port_id], second[port_id]) - waiting)
             for port_id in names
@@ -69,6 +73,8 @@ class Meter:
         attached = plane.uplinks()
         uplinks = {name: link.ifindex for name, link in links.items() if link.ifindex in attached}
         heard = heard_addresses(plane.stations())
+        functions = plane.functions()
+        asked = {name: self._asked(links[name]) for name in config.nics if name in links}
         return Reading(
             links=links,
             ids={name: port_id for port_id, name in names.items()},
@@ -80,7 +86,14 @@ class Meter:
             drivers={name: self._system.driver(name) for name in uplinks},
             heard=heard,
             moves={port_id: self._moved(port_id, name, heard) for port_id, name in names.items()},
+            functions={
+                name: plane.function_counters(link.ifindex)
+                for name, link in links.items()
+                if link.ifindex in functions
+            },
             untagged={row.name: row.untagged for row in plane.networks().values()},
+            capabilities={name: nic.capabilities for name, nic in asked.items()},
+            numa_nodes={name: nic.numa_node for name, nic in asked.items() if nic.numa_node is not None},
             host_addresses=self._host_addresses(config, links),
             bridges={
                 name: _python_bridge(self._system.paths.run_dir, name)
@@ -101,6 +114,15 @@ class Meter:
                 and (self._system.channels.pins(name) / "link").exists()
             },
         )
+
+    def _asked(self, nic: Link) -> _Known:
+        """What a NIC can do: asked when it comes, starts, stops, or gets or loses its program."""
+        state = (nic.ifindex, nic.up, nic.xdp_mode, nic.mtu)
+        known = self._capabilities.get(nic.name)
+        if known is None or known.state != state:
+            known = _Known(state, self._system.capabilities(nic), self._system.numa_node(nic))
+            self._capabilities[nic.name] = known
+        return known
 
     def _channels(
         self, name: str, port: PortConfig, uplink: str | None, links: Mapping[str, Link], on_nic: int
@@ -161,7 +183,7 @@ class Meter:
         Where their threads cannot be seen, as in a container, a while without any frame has to do.
         """
         plane = self._system.dataplane
-        threads = _threads(plane.queue_map_ids())
+        threads = load.threads(plane.queue_map_ids())
         if threads:
             return _all_slept(threads)
         before = plane.port_counters(count)
@@ -208,6 +230,15 @@ def _shown(
     )
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Answers about a NIC, and the state in which it was asked."""
+
+    state: tuple[object, ...]
+    capabilities: Mapping[str, Answer]
+    numa_node: int | None
+
+
 class _Growing:
     """A count that goes on where it was when what it is read from begins anew."""
 
@@ -227,34 +258,13 @@ def _missing(sent: Mapping[str, Any], received: Mapping[str, Any]) -> int:
     return int(sent["queued"]["packets"] - came_out)
 
 
-def _threads(map_ids: set[int]) -> set[Path]:
-    """The kernel threads of these cpumaps, ``cpumap/CPU/map:ID`` (kernel/bpf/cpumap.c), below /proc."""
-    return {path for path in Path("/proc").glob("[0-9]*") if _map_of(path) in map_ids}
-
-
-def _all_slept(threads: set[Path]) -> bool:
+def _all_slept(threads: Sequence[int]) -> bool:
     """Whether each of these threads is seen asleep at some time from now on, within ``_PATIENCE``."""
     end = time.monotonic() + _PATIENCE
     while True:
-        threads = {path for path in threads if not _sleeps(path)}
+        threads = [pid for pid in threads if not load.all_asleep([pid])]
         if not threads:
             return True
         if time.monotonic() > end:
             return False
         time.sleep(_PATIENCE / 20)
-
-
-def _map_of(process: Path) -> int | None:
-    try:
-        name = (process / "comm").read_text()
-    except OSError:  # it has ended
-        return None
-    return int(name.rpartition(":")[2]) if name.startswith("cpumap/") else None
-
-
-def _sleeps(process: Path) -> bool:
-    try:
-        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True  # it has ended, and emptied its ring before
-    return state == "S"

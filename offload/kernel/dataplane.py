@@ -2,7 +2,7 @@
 
 The kernel holds the state and the pins keep it; this module only opens, reads and changes
 it, so a restarted daemon, or ``offload detach`` without one, finds everything by
-looking. Below ``PIN_DIR/v3``::
+looking. Below ``PIN_DIR/v4``::
 
     netns                                              the network namespace that it is of
     maps/{ports,devices,sockets,port_counters,names}   for all NICs and switches
@@ -10,6 +10,7 @@ looking. Below ``PIN_DIR/v3``::
     nics/IFINDEX/{classifier,cpus,nic_counters}        per NIC
     nics/IFINDEX/{uplink_program,queue_program}        as attached
     nics/IFINDEX/uplink                                the XDP link
+    nics/IFINDEX/functions/IFINDEX/{served,function_counters,program,link}    of a virtual function
     members/IFINDEX/SIDE-PROGRAM-DIGEST                a tcx link on a switch's device
     xsk/PORT/…                                         of an AF_XDP port: see channels.py
 
@@ -24,8 +25,10 @@ import os
 import shutil
 import socket
 import struct
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,7 +55,7 @@ from .service import claimed
 from .tc import PROGRAMS, TcPrograms
 
 MAX_PORTS = 16_384
-"""Ports of one instance, over all switches. Costs 232 bytes of counters per port and CPU."""
+"""Ports of one instance, over all switches. Costs 272 bytes of counters per port and CPU."""
 MAX_NIC_QUEUES = 128
 """RX queues of a NIC that an AF_XDP port can have sockets on."""
 MAX_NETWORKS = 1_024
@@ -62,12 +65,18 @@ MAX_STATIONS = 1 << 17
 CPU_OF_NIC = 0xFFFFFFFF
 NO_PORT = 0xFFFFFFFF
 
-ROLES: Mapping[Role, int] = {"port": 1, "host": 2, "uplink": 3, "conduit": 4, "silent": 5}
+ROLES: Mapping[Role, int] = {"port": 1, "host": 2, "uplink": 3, "conduit": 4, "silent": 5, "function": 6}
 ALLOWED = {"mac_spoofing": 1, "dhcp_server": 2, "router_advertisement": 4, "link_local_protocols": 8}
 MEMBER_TRUNK, MEMBER_NO_NATIVE, MEMBER_BYPASS = 16, 32, 64
 STATES: tuple[StationState, ...] = ("expected", "here", "away")
 NETWORK_ASK_BRIDGE = 1
 
+_DRAIN_PATIENCE = 0.05
+"""Seconds to wait for a moment at which a queue can move without a frame overtaking another."""
+_GRO_HOLDS = 0.01
+"""Seconds after which GRO has let go of what it was given: it does within a tick of the kernel's."""
+_BREATH = 1e-4
+"""Seconds between two looks for such a moment while frames wait."""
 _NEWS_BYTES = 1 << 16  # 2,048 events; should more wait, the station table has what they would say
 SWITCH_DEFINES = {
     "MAX_PORTS": MAX_PORTS,
@@ -81,6 +90,7 @@ _NAMES = {"names": MAX_PORTS, "network_names": MAX_NETWORKS}  # for the controll
 _SHARED = ("ports", "devices", "sockets", "port_counters")
 _SWITCH = ("ends", "members", "networks", "stations", "trunks", "news")
 _PER_NIC = ("classifier", "cpus", "nic_counters")
+_PER_FUNCTION = ("served", "function_counters")
 _U32 = struct.Struct("=I")
 _DEVICE = struct.Struct("=II")  # struct bpf_devmap_val, bpf_cpumap_val: what, program
 _MEMBARRIER = 324  # the system call's number on x86-64
@@ -99,6 +109,32 @@ def grace_period() -> None:
         raise KernelError(f"membarrier: {os.strerror(code)} (a kernel booted with nohz_full has none)")
 
 
+@dataclass(frozen=True)
+class FunctionRow:
+    """A virtual function's device: ``nic`` is the ifindex of its NIC, ``port`` the id of whom it serves.
+
+    ``vid`` is that of the tag that the NIC takes off, ``digest`` of the program there.
+    """
+
+    nic: int
+    port: int | None
+    vid: int
+    digest: str
+
+
+class FunctionObjects:
+    """Maps and program on a virtual function's device. ``close`` leaves them in place."""
+
+    def __init__(self, directory: Path, maps: dict[str, Map], program: Program) -> None:
+        self.directory = directory
+        self.maps = maps
+        self.program = program
+
+    def close(self) -> None:
+        for handle in (*self.maps.values(), self.program):
+            handle.close()
+
+
 class NicObjects:
     """Maps, programs and the attachment of one NIC. ``close`` leaves all of them in place."""
 
@@ -106,11 +142,14 @@ class NicObjects:
         self.directory = directory
         self.maps = maps
         self.programs = programs
+        self.functions: dict[int, FunctionObjects] = {}
         self._memory = maps["classifier"].mapped()
         self._words = memoryview(self._memory).cast("Q")
         self.classifier = Classifier(self._words, grace_period)
 
     def close(self) -> None:
+        for function in self.functions.values():
+            function.close()
         self._words.release()
         self._memory.close()
         for handle in (*self.maps.values(), *self.programs.values()):
@@ -195,6 +234,9 @@ class Dataplane:
                 self.detach(ifindex)
             else:
                 self._nics.pop(ifindex).close()
+        for nic in self._nics.values():
+            for ifindex in [ifindex for ifindex in nic.functions if ifindex not in live]:
+                self._drop_function(nic, ifindex)
         for ifindex in self._member_rows():
             if self._keep and ifindex not in live:
                 self.tc.forget(ifindex)
@@ -248,7 +290,17 @@ class Dataplane:
             for name in _PER_NIC
         }
         programs = {name: Program.pinned(directory / f"{name}_program") for name in ("uplink", "queue")}
-        return NicObjects(directory, maps, programs)
+        nic = NicObjects(directory, maps, programs)
+        for below in _children(directory / "functions"):
+            if (below / "link").exists():
+                nic.functions[int(below.name)] = self._open_function(below)
+            elif self._keep:
+                shutil.rmtree(below)  # of an attach that was interrupted
+        return nic
+
+    def _open_function(self, directory: Path) -> FunctionObjects:
+        maps = {name: self._adopt(directory / name, name, self.vmq.maps[name]) for name in _PER_FUNCTION}
+        return FunctionObjects(directory, maps, Program.pinned(directory / "program"))
 
     def _entries(self, map_name: str) -> int | None:
         return self._possible_cpus if map_name == "cpus" else None
@@ -301,7 +353,7 @@ class Dataplane:
                 undo.callback(maps[name].close)
             nic = NicObjects(directory, maps, self._load(maps, directory))
             undo.callback(nic.close)
-            self._link(nic, device, ifindex, mode)
+            self._link(nic.programs["uplink"], directory / "uplink", device, ifindex, mode)
             undo.pop_all()
         self._nics[ifindex] = nic
 
@@ -317,15 +369,15 @@ class Dataplane:
             undo.pop_all()
         return programs
 
-    def _link(self, nic: NicObjects, device: str, ifindex: int, mode: XdpMode) -> None:
+    def _link(self, program: Program, pin: Path, device: str, ifindex: int, mode: XdpMode) -> None:
         flags = XDP_FLAGS_DRV_MODE if mode == "native" else XDP_FLAGS_SKB_MODE
         doing = f"attach XDP to {device} in {mode} mode"
         try:
-            link = Link.create(nic.programs["uplink"], ifindex, AttachType.XDP, flags=flags, doing=doing)
+            link = Link.create(program, ifindex, AttachType.XDP, flags=flags, doing=doing)
         except OffloadError as error:
             raise _attach_error(error, device, ifindex, mode) from error.__cause__
         with link:
-            link.pin(nic.directory / "uplink")
+            link.pin(pin)
 
     def _replace(self, nic: NicObjects) -> None:
         old = nic.programs
@@ -341,9 +393,102 @@ class Dataplane:
     def detach(self, ifindex: int) -> None:
         """Take the program off a NIC and its maps away; frames take the default path from then on."""
         nic = self._nics.pop(ifindex)
+        for function in [*nic.functions]:
+            self._drop_function(nic, function)
         _end_link(nic.directory / "uplink")
         nic.close()
         shutil.rmtree(nic.directory)
+
+    # Virtual functions
+
+    def functions(self) -> dict[int, FunctionRow]:
+        """The virtual functions' devices that have our program, by ifindex; not those that have gone."""
+        layout = self.layouts["served"]
+        found = {}
+        for ifindex, nic in self._nics.items():
+            for device, function in nic.functions.items():
+                with Link.pinned(function.directory / "link") as link:
+                    if link.info().ifindex != device:
+                        continue
+                raw = function.maps["served"].lookup(_U32.pack(0), layout.size)
+                row = layout.read(raw or bytes(layout.size))
+                port = None if row["port"] == NO_PORT else row["port"]
+                digest = function.program.info().name.partition("_")[2]
+                found[device] = FunctionRow(ifindex, port, row["vid"], digest)
+        return found
+
+    def attach_function(self, device: str, ifindex: int, nic_ifindex: int, mode: XdpMode) -> None:
+        """Put this version's program on a virtual function's device, which serves nobody then.
+
+        One that has our program gets the new one between two frames, and serves whom it served.
+        """
+        nic = self._nics[nic_ifindex]
+        attached = self.functions().get(ifindex)
+        if attached and attached.digest == self.digest:
+            return
+        if attached:
+            function = nic.functions[ifindex]
+            old, function.program = (
+                function.program,
+                self._load_function(nic, function.maps, function.directory),
+            )
+            with Link.pinned(function.directory / "link") as link:
+                link.replace(function.program)
+            old.close()
+            return
+        if ifindex in nic.functions:
+            self._drop_function(nic, ifindex)  # somebody forced our link off: begin anew
+        directory = nic.directory / "functions" / str(ifindex)
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            maps = {}
+            for name in _PER_FUNCTION:
+                maps[name] = self._adopt(directory / name, name, self.vmq.maps[name])
+                undo.callback(maps[name].close)
+            maps["served"].update(_U32.pack(0), self._served(None, 0))
+            program = self._load_function(nic, maps, directory)
+            undo.callback(program.close)
+            self._link(program, directory / "link", device, ifindex, mode)
+            undo.pop_all()
+        nic.functions[ifindex] = FunctionObjects(directory, maps, program)
+
+    def _load_function(self, nic: NicObjects, maps: Mapping[str, Map], directory: Path) -> Program:
+        spec = self.vmq.programs["function"]
+        used = {**self._maps, **nic.maps, **maps}
+        program = Program.load(f"vf_{self.digest}", spec, used, AttachType.XDP, frags=True)
+        program.pin_anew(directory / "program")
+        return program
+
+    def _served(self, port_id: int | None, vid: int) -> bytes:
+        return self.layouts["served"].pack(port=NO_PORT if port_id is None else port_id, vid=vid, unused=0)
+
+    def set_function(self, ifindex: int, port_id: int | None, vid: int) -> None:
+        """Let a virtual function deliver one port's frames; ``vid``: of the tag that the NIC takes off."""
+        [function] = [nic.functions[ifindex] for nic in self._nics.values() if ifindex in nic.functions]
+        function.maps["served"].update(_U32.pack(0), self._served(port_id, vid))
+
+    def detach_function(self, ifindex: int) -> None:
+        """Take the program off a virtual function's device, if it has one."""
+        for nic in self._nics.values():
+            if ifindex in nic.functions:
+                self._drop_function(nic, ifindex)
+
+    def _drop_function(self, nic: NicObjects, ifindex: int) -> None:
+        function = nic.functions.pop(ifindex)
+        if self._keep:
+            _end_link(function.directory / "link")
+        function.close()
+        if self._keep:
+            shutil.rmtree(function.directory)
+
+    def function_counters(self, ifindex: int) -> dict[str, Any]:
+        """What a virtual function did not deliver, by reason, summed over CPUs."""
+        [function] = [nic.functions[ifindex] for nic in self._nics.values() if ifindex in nic.functions]
+        size = self._counter_bytes("function_counters")
+        raw = function.maps["function_counters"].lookup(_U32.pack(0), size)
+        if raw is None:
+            raise KernelError("the counters of a virtual function are gone")
+        return self.layouts["function_counters"].total(raw)
 
     # Queue CPUs
 
@@ -373,6 +518,11 @@ class Dataplane:
     def ports(self) -> dict[int, PortRecord]:
         """Every port that has a row, by port id."""
         return {port_id: self._record(port_id, name) for port_id, name in self._names("names").items()}
+
+    def port(self, port_id: int) -> PortRecord | None:
+        """What ``ports`` has for one row."""
+        name = self._maps["names"].lookup(_U32.pack(port_id), _NAME_BYTES)
+        return self._record(port_id, name.rstrip(b"\0").decode()) if name and name[0] else None
 
     def _names(self, map_name: str) -> dict[int, str]:
         """The rows that have a name."""
@@ -420,6 +570,44 @@ class Dataplane:
         if record is None:
             self._maps["port_counters"].update(key, bytes(self._counter_bytes("port_counters")))
 
+    def move_port(self, port_id: int, record: PortRecord, asleep: Callable[[], bool]) -> bool:
+        """Let another CPU serve a port's queue, or GRO merge its frames or not; nothing else is new.
+
+        One store, no frame lost. A frame that waits for the old CPU or in GRO could be overtaken by a later
+        one. So this waits, up to 50 ms, for a moment at which none of the port's is under way: two readings
+        that are equal, because a frame is counted a little before it is handed over, and in which all that
+        was queued or left to GRO has come out. Where some was lost on the way, it is ``asleep``, whether the
+        old CPU's thread has nothing to do, and the time GRO takes that tell. Says whether there was
+        such a moment; the frames go the new way in any case.
+        """
+        end = time.monotonic() + _DRAIN_PATIENCE
+        before, since, drained = None, 0.0, False
+        while not drained and time.monotonic() < end:
+            now = self._under_way(port_id)
+            if now != before:
+                since = time.monotonic()
+            queued, out, left, merged, _ = now
+            quiet = queued == out or asleep()
+            quiet &= left == merged or time.monotonic() - since > _GRO_HOLDS
+            drained = quiet and now == before
+            if not quiet:
+                time.sleep(_BREATH)  # the CPU that it waits for may be this one
+            before = now
+        self._write_row(port_id, record)
+        return drained
+
+    def _under_way(self, port_id: int) -> tuple[int, int, int, int, int]:
+        """Frames of a port: queued for a CPU, come out there, left to GRO, come out there, and handed over
+        on the NIC's own CPU.
+        """
+        raw = self._maps["port_counters"].lookup(_U32.pack(port_id), self._counter_bytes("port_counters"))
+        if raw is None:
+            raise KernelError("the counters of a port are gone")
+        counted = self.layouts["port_counters"].total(raw)
+        frames = {name: value["packets"] for name, value in counted.items() if isinstance(value, dict)}
+        out = frames["handed"] + frames["returned"] + counted["vlan_queue"]
+        return frames["queued"], out, frames["left"], frames["merged"], frames["direct"]
+
     def _write_row(self, port_id: int, record: PortRecord | None) -> None:
         layout = self.layouts["ports"]
         row = bytes(layout.size)
@@ -464,6 +652,10 @@ class Dataplane:
         """MAC, VID and port id of every filter on a NIC."""
         for key, port_id in self._nics[ifindex].classifier:
             yield (*filter_of(key), port_id)
+
+    def filter(self, ifindex: int, mac: str, vid: int) -> int | None:
+        """The port that a NIC's filter for (MAC, VID) leads to."""
+        return self._nics[ifindex].classifier.get(filter_key(mac, vid))
 
     def set_filter(self, ifindex: int, mac: str, vid: int, port_id: int | None) -> None:
         """Give (MAC, VID) to a port, in one step also when another had it; ``None`` takes it away."""
@@ -513,32 +705,35 @@ class Dataplane:
 
         The digest is empty unless exactly those programs are attached, all of one version.
         """
-        rows = self._member_rows()
-        found = {}
-        for ifindex, row in rows.items():
-            there = self.tc.on(ifindex)
-            digests = {each.digest for each in there.values()}
-            whole = {side: each.program for side, each in there.items()} == PROGRAMS[row.role]
-            found[ifindex] = (row, digests.pop() if whole and len(digests) == 1 else "")
-        return found
+        return {ifindex: self._with_digest(ifindex, row) for ifindex, row in self._member_rows().items()}
+
+    def member(self, ifindex: int) -> tuple[MemberRow, str] | None:
+        """What ``members`` has for one device."""
+        value = self._maps["members"].lookup(_U32.pack(ifindex), self.layouts["members"].size)
+        return self._with_digest(ifindex, self._member_row(value)) if value else None
+
+    def _with_digest(self, ifindex: int, row: MemberRow) -> tuple[MemberRow, str]:
+        there = self.tc.on(ifindex)
+        digests = {each.digest for each in there.values()}
+        whole = {side: each.program for side, each in there.items()} == PROGRAMS[row.role]
+        return row, digests.pop() if whole and len(digests) == 1 else ""
 
     def _member_rows(self) -> dict[int, MemberRow]:
-        layout = self.layouts["members"]
-        roles = {number: role for role, number in ROLES.items()}
-        found = {}
-        for key, value in self._maps["members"].items():
-            row = layout.read(value)
-            flags = row["flags"]
-            found[_U32.unpack(key)[0]] = MemberRow(
-                port=row["port"],
-                network=row["network"],
-                role=roles[row["role"]],
-                pvid=None if flags & MEMBER_NO_NATIVE else row["pvid"],
-                trunk=bool(flags & MEMBER_TRUNK),
-                bypass=bool(flags & MEMBER_BYPASS),
-                allow=frozenset(name for name, bit in ALLOWED.items() if flags & bit),
-            )
-        return found
+        rows = self._maps["members"].items()
+        return {_U32.unpack(key)[0]: self._member_row(value) for key, value in rows}
+
+    def _member_row(self, value: bytes) -> MemberRow:
+        row = self.layouts["members"].read(value)
+        flags = row["flags"]
+        return MemberRow(
+            port=row["port"],
+            network=row["network"],
+            role=next(role for role, number in ROLES.items() if number == row["role"]),
+            pvid=None if flags & MEMBER_NO_NATIVE else row["pvid"],
+            trunk=bool(flags & MEMBER_TRUNK),
+            bypass=bool(flags & MEMBER_BYPASS),
+            allow=frozenset(name for name, bit in ALLOWED.items() if flags & bit),
+        )
 
     def set_member(self, device: str, ifindex: int, row: MemberRow) -> None:
         """Make a device what ``row`` says, at once; then see to it that its role's programs run on it.
@@ -573,6 +768,12 @@ class Dataplane:
             for key, value in self._maps["trunks"].items()
         }
 
+    def trunk(self, port_id: int) -> frozenset[int] | None:
+        """What ``trunks`` has for one port."""
+        layout = self.layouts["trunks"]
+        value = self._maps["trunks"].lookup(_U32.pack(port_id), layout.size)
+        return _vids(layout.read(value)["words"]) if value else None
+
     def set_trunk(self, port_id: int, vids: frozenset[int] | None) -> None:
         """Let a trunk have these tags (1..4094), all changed at once; ``None``: it is none any more."""
         if vids is None:
@@ -585,22 +786,36 @@ class Dataplane:
 
     def stations(self) -> dict[tuple[int, str, int], StationRow]:
         """Every declared address, by network, MAC and VID (0: untagged), and where it is."""
-        layout = self.layouts["stations"]
         found = {}
         for key, value in self._maps["stations"].items():
-            at, row = self._station_key.read(key), layout.read(value)
-            found[at["network"], bytes(at["mac"]).hex(":"), at["vid"]] = StationRow(
-                port=row["port"],
-                ifindex=row["ifindex"],
-                state=STATES[row["state"]],
-                moves=row["moves"],
-                since=row["since"],
-            )
+            at = self._station_key.read(key)
+            found[at["network"], bytes(at["mac"]).hex(":"), at["vid"]] = self._station_row(value)
         return found
+
+    def station(self, network: int, mac: str, vid: int) -> StationRow | None:
+        """What ``stations`` has for one address."""
+        key = self._station_at(network, mac, vid)
+        value = self._maps["stations"].lookup(key, self.layouts["stations"].size)
+        return self._station_row(value) if value else None
+
+    def _station_row(self, value: bytes) -> StationRow:
+        row = self.layouts["stations"].read(value)
+        return StationRow(
+            port=row["port"],
+            ifindex=row["ifindex"],
+            state=STATES[row["state"]],
+            moves=row["moves"],
+            since=row["since"],
+        )
+
+    def _station_at(self, network: int, mac: str, vid: int) -> bytes:
+        return self._station_key.pack(
+            network=network, mac=tuple(bytes.fromhex(mac.replace(":", ""))), vid=vid
+        )
 
     def set_station(self, network: int, mac: str, vid: int, row: StationRow | None) -> None:
         """Declare an address, its state included, or take it away."""
-        key = self._station_key.pack(network=network, mac=tuple(bytes.fromhex(mac.replace(":", ""))), vid=vid)
+        key = self._station_at(network, mac, vid)
         if row is None:
             self._maps["stations"].delete(key)
             return
@@ -643,12 +858,15 @@ class Dataplane:
 
     def port_counters(self, count: int) -> list[dict[str, Any]]:
         """Counters of the first ``count`` ports by id, summed over CPUs, with the fields of ``bpf/abi.h``."""
-        if not count:
-            return []
         layout = self.layouts["port_counters"]
         size = self._counter_bytes("port_counters")
-        raw = self._maps["port_counters"].read_first(count, size)
+        raw = self.raw_port_counters(count)
         return [layout.total(raw[at : at + size]) for at in range(0, len(raw), size)]
+
+    def raw_port_counters(self, count: int) -> bytes:
+        """As ``port_counters``, as the kernel has them: by port and by possible CPU."""
+        size = self._counter_bytes("port_counters")
+        return self._maps["port_counters"].read_first(count, size) if count else b""
 
     def nic_counters(self, ifindex: int) -> dict[str, Any]:
         """Frames of a NIC that went to the bridge, by reason, summed over CPUs."""

@@ -14,11 +14,13 @@ import functools
 import os
 import socket
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from offload.closing import Closing
-from offload.errors import KernelError, OffloadError, UnsupportedError
+from offload.errors import KernelError, OffloadError, UnsupportedError, VerifyError
 from offload.kernel.failures import explained
 from offload.kernel.links import NO_NETNSID, Links
 from offload.kernel.netns import call_in, identity
@@ -29,6 +31,9 @@ PEER_GRO = "rx-gro"
 PEER_TAG_INSERTION = ("tx-vlan-hw-insert", "tx-vlan-stag-hw-insert")
 """Off at the other end: then a tag that the VM sends is in the bytes, where programs look for it."""
 
+Features = Mapping[str, tuple[bool, bool]]
+"""By name whether a feature is active, and whether it is fixed."""
+
 _SIOCETHTOOL = 0x8946  # include/uapi/linux/sockios.h
 _SIOCGIFNAME = 0x8910
 _GDRVINFO = 0x03
@@ -37,12 +42,13 @@ _GSSET_INFO = 0x37
 _GFEATURES = 0x3A
 _SFEATURES = 0x3B
 _GCHANNELS = 0x3C
+_SCHANNELS = 0x3D
 _SS_FEATURES = 4
 
 _IFREQ = struct.Struct("=16sQ16x")  # name, pointer to the command's data
 _IFREQ_INDEX = struct.Struct("=16si20x")
 _STRING = 32  # ETH_GSTRING_LEN
-_DRVINFO = struct.Struct("=I32s160x")
+_DRVINFO = struct.Struct("=I32s64x32s64x")  # cmd, driver, bus address
 _SSET_INFO = struct.Struct("=IIQI")  # cmd, reserved, mask of sets, length of the one set asked for
 _STRINGS = struct.Struct("=III")  # cmd, set, count
 _FEATURES = struct.Struct("=II")  # cmd, number of blocks
@@ -54,7 +60,10 @@ _BITS = 32  # features per block
 
 @dataclass(frozen=True)
 class Channels:
-    """Queues that a device really uses now, which is what XDP counts, and the most it can have."""
+    """Queues that a device really uses now, which is what XDP counts, and the most it can have.
+
+    ``other`` are interrupt vectors for other things than queues.
+    """
 
     rx: int
     tx: int
@@ -62,6 +71,8 @@ class Channels:
     max_rx: int
     max_tx: int
     max_combined: int
+    other: int = 0
+    max_other: int = 0
 
     @property
     def rx_queues(self) -> int:
@@ -86,18 +97,10 @@ class Ethtool(Closing):
             with explained(netns, "enter the network namespace", privilege="CAP_SYS_ADMIN"):
                 self._socket = call_in(netns, _open_socket)
 
-    def features(self, ifname: str) -> dict[str, tuple[bool, bool]]:
+    def features(self, ifname: str) -> Features:
         """Features by name as (active, fixed); a fixed one cannot be changed on this device."""
         with explained(ifname, "read its features"):
-            names = _feature_names()
-            data = self._read_features(ifname, names)
-        found = {}
-        for at, name in enumerate(names):
-            available, _, active, never = _FEATURE_BLOCK.unpack_from(data, _block_offset(at))
-            bit = 1 << at % _BITS
-            if name:
-                found[name] = bool(active & bit), not available & bit or bool(never & bit)
-        return found
+            return _features(self._read_features(ifname, _feature_names()))
 
     def set_feature(self, ifname: str, feature: str, on: bool) -> None:
         """Switch a feature; UnsupportedError when the device does not have it as asked afterwards."""
@@ -111,7 +114,7 @@ class Ethtool(Closing):
             bit = 1 << at % _BITS
             blocks[at // _BITS] = bit, bit if on else 0
             head = _FEATURES.pack(_SFEATURES, len(blocks))
-            self._ioctl(ifname, head + b"".join(_FEATURE_SET.pack(*block) for block in blocks))
+            self.run(ifname, head + b"".join(_FEATURE_SET.pack(*block) for block in blocks))
         active, fixed = self.features(ifname)[feature]
         if active is not on:
             why = "it is fixed" if fixed else "another setting of the device forbids it"
@@ -119,16 +122,43 @@ class Ethtool(Closing):
 
     def driver(self, ifname: str) -> str:
         """The driver's name, as ``veth`` or ``ice``."""
+        return self._driver_info(ifname)[0]
+
+    def bus_address(self, ifname: str) -> str:
+        """Where the hardware is, as ``0000:3b:00.0`` on PCI; software devices have none, or just a word."""
+        return self._driver_info(ifname)[1]
+
+    def _driver_info(self, ifname: str) -> tuple[str, str]:
         with explained(ifname, "read its driver"):
-            data = self._ioctl(ifname, _DRVINFO.pack(_GDRVINFO, b""))
-        _, name = _DRVINFO.unpack(data)
-        return _text(name)
+            data = self.run(ifname, _DRVINFO.pack(_GDRVINFO, b"", b""))
+        _, name, address = _DRVINFO.unpack(data)
+        return _text(name), _text(address)
 
     def channels(self, ifname: str) -> Channels:
         with explained(ifname, "read its channels"):
-            data = self._ioctl(ifname, _CHANNELS.pack(_GCHANNELS, *[0] * 8))
-        _, max_rx, max_tx, _, max_combined, rx, tx, _, combined = _CHANNELS.unpack(data)
-        return Channels(rx, tx, combined, max_rx, max_tx, max_combined)
+            data = self.run(ifname, _CHANNELS.pack(_GCHANNELS, *[0] * 8))
+        _, max_rx, max_tx, max_other, max_combined, rx, tx, other, combined = _CHANNELS.unpack(data)
+        return Channels(rx, tx, combined, max_rx, max_tx, max_combined, other, max_other)
+
+    def set_channels(
+        self, ifname: str, *, combined: int | None = None, rx: int | None = None, tx: int | None = None
+    ) -> None:
+        """Set how many queues a device uses; ``None`` leaves that kind as it is.
+
+        The kernel refuses a number that cuts off queues which its RSS table names, or AF_XDP sockets use.
+        Raises VerifyError when the device has another number of queues afterwards.
+        """
+        asked = {"combined": combined, "rx": rx, "tx": tx}
+        changes = {kind: number for kind, number in asked.items() if number is not None}
+        wanted = replace(self.channels(ifname), **changes)
+        doing = "set its channels to " + ", ".join(f"{kind} {number}" for kind, number in changes.items())
+        most = wanted.max_rx, wanted.max_tx, wanted.max_other, wanted.max_combined
+        counts = wanted.rx, wanted.tx, wanted.other, wanted.combined
+        with explained(ifname, doing):
+            self.run(ifname, _CHANNELS.pack(_SCHANNELS, *most, *counts))
+        found = self.channels(ifname)
+        if any(getattr(found, kind) != number for kind, number in changes.items()):
+            raise VerifyError(f"{ifname}: cannot {doing}: afterwards it has {found}")
 
     def rx_queues(self, link: Link) -> int:
         """RX queues of a device that are in use."""
@@ -143,12 +173,16 @@ class Ethtool(Closing):
             request = fcntl.ioctl(self._socket, _SIOCGIFNAME, _IFREQ_INDEX.pack(b"", ifindex))
         return _text(request[:16])
 
+    def run(self, ifname: str, command: bytes) -> bytes:
+        """Run a command of SIOCETHTOOL, a struct of ``linux/ethtool.h``; returns what the kernel made of it.
+
+        ``command`` has room for all that the kernel writes. Raises OSError.
+        """
+        return _ethtool_ioctl(self._socket, ifname, command)
+
     def _read_features(self, ifname: str, names: tuple[str, ...]) -> bytes:
         blocks = _blocks(names)
-        return self._ioctl(ifname, _FEATURES.pack(_GFEATURES, blocks) + bytes(_FEATURE_BLOCK.size * blocks))
-
-    def _ioctl(self, ifname: str, command: bytes) -> bytes:
-        return _ethtool_ioctl(self._socket, ifname, command)
+        return self.run(ifname, _FEATURES.pack(_GFEATURES, blocks) + bytes(_FEATURE_BLOCK.size * blocks))
 
     def close(self) -> None:
         self._socket.close()
@@ -166,7 +200,7 @@ class Peer:
     ifname: str
     netns: str | None
 
-    def features(self) -> dict[str, tuple[bool, bool]]:
+    def features(self) -> Features:
         with self._ethtool() as ethtool:
             return ethtool.features(self.ifname)
 
@@ -201,15 +235,38 @@ class Peers:
         cannot be reached.
         """
         far = self._links.peer(link)
-        path = self._links.netns
-        if link.peer_netnsid is not None:
-            path = self._path(link.peer_netnsid, link, far)
+        path = self._path(link)
         try:
             with Ethtool(path) as ethtool:
                 name = ethtool.name(far.ifindex)
         except OffloadError as error:
             raise type(error)(f"{link.name}: {error}; {_by_hand(far.name)}") from error
         return Peer(link.name, name, path)
+
+    def features(self, links: Iterable[Link]) -> dict[str, Features | OffloadError]:
+        """Features of the other ends of many veths, by our end's name; of one out of reach the error.
+
+        A namespace is entered once for all that are there.
+        """
+        there: defaultdict[int | None, list[Link]] = defaultdict(list)
+        for link in links:
+            there[link.peer_netnsid].append(link)
+        found: dict[str, Features | OffloadError] = {}
+        for group in there.values():
+            with suppress(OffloadError), Ethtool(self._path(group[0])) as ethtool:
+                for link in group:
+                    if link.peer_ifindex is not None:
+                        found[link.name] = ethtool.features(ethtool.name(link.peer_ifindex))
+            for link in group:
+                if link.name not in found:
+                    found[link.name] = self._alone(link)
+        return found
+
+    def _alone(self, link: Link) -> Features | OffloadError:
+        try:
+            return self.find(link).features()
+        except OffloadError as error:
+            return error
 
     def napi_ready(self, link: Link) -> bool:
         """Whether a frame that XDP redirects into ``link`` gets to the other end.
@@ -227,8 +284,11 @@ class Peers:
         active, _ = self.find(link).features()[PEER_GRO]
         return active
 
-    def _path(self, wanted: int, link: Link, far: Link) -> str:
-        """A path to the namespace with the id ``wanted``, in which ``far`` is."""
+    def _path(self, link: Link) -> str | None:
+        """A path to the namespace of a veth's other end, ``None`` for the one that we are in."""
+        wanted = link.peer_netnsid
+        if wanted is None:
+            return self._links.netns
         known = self._paths.get(wanted)
         if known is not None and self._id(known) == wanted:  # ids are recycled
             return known
@@ -236,9 +296,10 @@ class Peers:
         if wanted in self._paths:
             return self._paths[wanted]
         unseen = f" ({refused} of these could not be looked at: needs CAP_SYS_PTRACE)" if refused else ""
+        far = self._links.peer(link).name
         raise KernelError(
-            f"{link.name}: cannot find the network namespace of its other end {far.name}, neither in "
-            f"/run/netns nor among the processes{unseen}; {_by_hand(far.name)}"
+            f"{link.name}: cannot find the network namespace of its other end {far}, neither in "
+            f"/run/netns nor among the processes{unseen}; {_by_hand(far)}"
         )
 
     def _scan(self) -> int:
@@ -293,6 +354,18 @@ def _feature_names() -> tuple[str, ...]:
         data = _ethtool_ioctl(sock, "lo", command)
     starts = range(_STRINGS.size, _STRINGS.size + _STRING * count, _STRING)
     return tuple(_text(data[start : start + _STRING]) for start in starts)
+
+
+@functools.lru_cache(maxsize=256)
+def _features(data: bytes) -> Features:
+    """What ``Ethtool.features`` tells, from the kernel's answer: the same for very many devices."""
+    found = {}
+    for at, name in enumerate(_feature_names()):
+        available, _, active, never = _FEATURE_BLOCK.unpack_from(data, _block_offset(at))
+        bit = 1 << at % _BITS
+        if name:
+            found[name] = bool(active & bit), not available & bit or bool(never & bit)
+    return found
 
 
 def _blocks(names: tuple[str, ...]) -> int:

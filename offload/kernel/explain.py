@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from ..closing import Closing
 from ..errors import KernelError, OffloadError, UnsupportedError, UsageError
-from ..explain import MADE_UP, Kind, Owner, Sample, Scene, Step, answer
+from ..explain import MADE_UP, Kind, Owner, Sample, Scene, Step, answer, sorted_by
+from ..hardware import Function, Rule
 from ..model import Link as Device
 from ..model import MemberRow, PortRecord
 from ..paths import Paths
@@ -32,7 +33,11 @@ from .system import System
 _SHARED = ("ports", "devices", "sockets")
 _PER_NIC = ("classifier", "cpus")
 _SWITCH = ("ends", "members", "networks", "trunks")
-_PROGRAMS = {"uplink": "vmq", "queue": "vmq", "sent": "switch", "wire": "switch", "guard": "switch"}
+_PER_FUNCTION = ("served",)
+_PROGRAMS = {
+    **dict.fromkeys(("uplink", "queue", "function"), "vmq"),
+    **dict.fromkeys(("sent", "wire", "guard", "strayed"), "switch"),
+}
 
 _XDP_VERDICTS: Mapping[int, Literal["pass", "drop", "redirect"]] = {1: "drop", 2: "pass", 4: "redirect"}
 _TC_VERDICTS: Mapping[int, Literal["pass", "drop", "redirect"]] = {
@@ -53,7 +58,7 @@ class Question:
     """What is asked: a frame from the wire to ``nic``, or one that the VM at ``port`` sends.
 
     ``src`` ``None``: a made-up station of the wire, or the port's own address. ``rx_queue`` is the one of
-    the NIC's on which the frame arrives.
+    the NIC's on which the frame arrives; ``None``: the one that a rule in the NIC gives it to, or the first.
     """
 
     nic: str | None
@@ -64,7 +69,7 @@ class Question:
     service: bool = False
     size: int = 60
     kind: Kind = "plain"
-    rx_queue: int = 0
+    rx_queue: int | None = None
 
 
 def explain(question: Question, paths: Paths) -> ExplainView:
@@ -90,6 +95,7 @@ class _Site(Closing):
         self._ports = self._plane.ports()
         self._members = self._plane.members()
         self._networks = self._plane.networks()
+        self._functions = self._plane.functions()
         self._held = ExitStack()
         self._stations = self._held.enter_context(self._pinned("stations"))
         self._station_key = Layout(self._plane.switch.maps["stations"].key)
@@ -109,27 +115,34 @@ class _Site(Closing):
         ifindex = self._nic(nic)
         link = self._links[ifindex]
         queues = self._system.rx_queues(link)
-        if question.rx_queue >= queues:
+        if question.rx_queue is not None and question.rx_queue >= queues:
             raise UsageError(f"--rx-queue {question.rx_queue}: {nic} has {queues}, numbered from 0")
         sample = _sample(question, question.src or MADE_UP)
         member = self._members[ifindex][0] if ifindex in self._members else None
         twins = self._twins(ifindex)
         frame, target = sample, None
         steps: list[Step] = []
+        by_nic = self._by_nic(sample, link, question.rx_queue) if ifindex in self._plane.uplinks() else None
+        rx_queue = by_nic.rx_queue if isinstance(by_nic, Rule) else question.rx_queue or 0
         scene = self._scene(sample, nic, member, None)
         if ifindex in self._plane.uplinks():
             # NICs' frames come on any CPU; this one shall come on another than the queue's.
             with _not_on(scene.owner.record.cpu if scene.owner else None):
-                frame, steps, target = self._through_xdp(twins, sample, link, question.rx_queue)
-        if member and all(step.verdict == "pass" for step in steps[-1:]):
+                if isinstance(by_nic, Function):
+                    scene = replace(scene, served=self._name(by_nic.serves))
+                    frame, steps, target = self._through_function(sample, by_nic)
+                else:
+                    frame, steps, target = self._through_xdp(twins, sample, link, rx_queue)
+        if member and (not steps or steps[-1].verdict == "pass" or steps[-1].strayed):
             step, frame = self._tc(twins, "wire", frame, ifindex, ifindex)
             steps.append(step)
             if step.counter == "tx_local" and scene.owner:
-                frame, more = self._delivered(twins, frame, ifindex, scene.owner.record)
+                way = "merged" if any(each.counter == "left" for each in steps) else "local"
+                frame, more = self._delivered(twins, frame, ifindex, scene.owner.record, way)
                 steps += more
         elif steps and steps[-1].counter in ("direct", "handed") and target:
             steps += self._channel(target)
-        scene = replace(scene, target=target, rx_queue=question.rx_queue)
+        scene = replace(scene, target=target, rx_queue=rx_queue, by_nic=by_nic)
         return answer(sample, frame, tuple(steps), scene)
 
     def from_port(self, question: Question, port: str) -> ExplainView:
@@ -147,7 +160,7 @@ class _Site(Closing):
         if step.verdict != "drop":
             frame = sample.inside(member.pvid or 0)
         if step.counter == "tx_local" and step.verdict == "redirect" and scene.owner:
-            frame, more = self._delivered(twins, frame, record.ifindex, scene.owner.record)
+            frame, more = self._delivered(twins, frame, record.ifindex, scene.owner.record, "local")
             steps += more
             scene = replace(scene, target=scene.owner.record)
         return answer(sample, frame, tuple(steps), scene)
@@ -155,29 +168,60 @@ class _Site(Closing):
     def _through_xdp(
         self, twins: _Twins, sample: Sample, nic: Device, rx_queue: int
     ) -> tuple[Sample, list[Step], PortRecord | None]:
-        """The programs on the NIC's CPU and on the queue's."""
+        """The programs on the NIC's CPU and on the queue's, and first those that get group frames as well."""
         digest = self._plane.uplinks()[nic.ifindex]
         _require_ours(nic.name, digest, self._plane.digest)
         step, frame, port_id = self._xdp(twins, "uplink", sample, nic, rx_queue)
         target = None if port_id is None else self._ports.get(port_id)
-        steps = [step]
+        also = [at for at, row in self._functions.items() if row.nic == nic.ifindex and sample.group]
+        steps = [*(self._at_function(sample, at)[0] for at in also), step]
         if step.counter == "queued":
             step, frame, _ = self._xdp(twins, "queue", sample, nic, rx_queue)
             steps.append(step)
         return frame, steps, target
 
+    def _by_nic(self, sample: Sample, nic: Device, rx_queue: int | None) -> Function | Rule | None:
+        """What sorts the frame in the NIC: a virtual function of ours, or a rule, if to ``rx_queue``."""
+        sorting = self._system.sorting(nic)
+        ours = [one for one in sorting if isinstance(one, Rule) or one.ifindex in self._functions]
+        found = sorted_by(sample, ours)
+        elsewhere = isinstance(found, Rule) and rx_queue not in (None, found.rx_queue)
+        return None if elsewhere else found
+
+    def _through_function(
+        self, sample: Sample, function: Function
+    ) -> tuple[Sample, list[Step], PortRecord | None]:
+        """The programs on a virtual function, into which the NIC sorts the frame without its tag."""
+        ifindex = function.ifindex
+        assert ifindex is not None, "it is among the devices that have our program"
+        arrives = sample.stripped() if function.vid else sample
+        if not function.running:
+            return arrives, [Step("function", self._links[ifindex].name, "drop", None)], None
+        step, frame, port_id = self._at_function(arrives, ifindex)
+        if step.verdict != "pass":
+            return frame, [step], None if port_id is None else self._ports.get(port_id)
+        back, _ = self._tc(self._twins(ifindex), "strayed", frame, ifindex, ifindex)
+        pvid = self._members[ifindex][0].pvid or 0
+        return frame.inside(pvid) if back.strayed else frame, [step, back], None
+
+    def _at_function(self, sample: Sample, ifindex: int) -> tuple[Step, Sample, int | None]:
+        """What the XDP program there makes of a frame."""
+        device, row = self._links[ifindex], self._functions[ifindex]
+        _require_ours(device.name, row.digest, self._plane.digest)
+        return self._xdp(self._twins(row.nic, ifindex), "function", sample, device, 0)
+
     def _delivered(
-        self, twins: _Twins, frame: Sample, source: int, target: PortRecord
+        self, twins: _Twins, frame: Sample, source: int, target: PortRecord, way: str
     ) -> tuple[Sample, list[Step]]:
         """What the program at a port's device does with a frame from past the bridge, and what is behind it.
 
-        It knows such frames by their `tc_index`, which a test run cannot set, and so takes this one
-        for the bridge's.
+        It knows such frames and their ``way``, which is the counter, by their `tc_index`. A test run cannot
+        set that, so that it takes this one for the bridge's.
         """
         step, after = self._tc(twins, "guard", frame, target.ifindex, source)
         if step.verdict == "drop":
             return after, [step]
-        step = replace(step, counter="local")
+        step = replace(step, counter=way)
         return after, [step, *self._channel(target)]
 
     def _channel(self, target: PortRecord) -> list[Step]:
@@ -208,6 +252,9 @@ class _Site(Closing):
         if name not in known:
             raise UsageError(f"{name}: there is no such port; there is: {', '.join(sorted(known)) or 'none'}")
         return known[name]
+
+    def _name(self, port_id: int | None) -> str | None:
+        return self._ports[port_id].name if port_id in self._ports else None
 
     def _address(self, port_id: int, vid: int) -> str:
         """A port's own address, in this VLAN if it has one there."""
@@ -252,9 +299,9 @@ class _Site(Closing):
 
     # Running
 
-    def _twins(self, ifindex: int) -> _Twins:
+    def _twins(self, ifindex: int, function: int | None = None) -> _Twins:
         nic = ifindex if ifindex in self._plane.uplinks() else None
-        return self._held.enter_context(_Twins(self._plane, nic, max(self._ports) + 1))
+        return self._held.enter_context(_Twins(self._plane, nic, max(self._ports) + 1, function))
 
     def _xdp(
         self, twins: _Twins, program: str, sample: Sample, nic: Device, rx_queue: int
@@ -270,7 +317,8 @@ class _Site(Closing):
         self, twins: _Twins, program: str, sample: Sample, ifindex: int, source: int
     ) -> tuple[Step, Sample]:
         device = self._links[ifindex].name
-        _require_ours(device, self._members[ifindex][1], self._plane.switch_digest)
+        _, digest = self._members.get(ifindex, (None, ""))
+        _require_ours(device, digest, self._plane.switch_digest)
         frame = sample.for_tc().octets()
         context = bytearray(_SK_BUFF_BYTES)
         _U32.pack_into(context, _INGRESS_IFINDEX, source)
@@ -284,20 +332,24 @@ class _Site(Closing):
 class _Twins(Closing):
     """The programs once more, on maps of their own where they write."""
 
-    def __init__(self, plane: Dataplane, nic: int | None, rows: int) -> None:
+    def __init__(self, plane: Dataplane, nic: int | None, rows: int, function: int | None = None) -> None:
         self._plane = plane
         self._rows = rows
         self._held = ExitStack()
         self._programs: dict[str, Program] = {}
         pinned = {name: plane.pins / "maps" / name for name in (*_SHARED, *_SWITCH)}
+        at_nic = plane.pins / "nics" / str(nic)
         if nic is not None:
-            pinned |= {name: plane.pins / "nics" / str(nic) / name for name in _PER_NIC}
+            pinned |= {name: at_nic / name for name in _PER_NIC}
+        if function is not None:
+            pinned |= {name: at_nic / "functions" / str(function) / name for name in _PER_FUNCTION}
         with ExitStack() as undo:
             undo.callback(self._held.close)
             self._live = {name: self._held.enter_context(Map.pinned(pin)) for name, pin in pinned.items()}
             self._own = {
                 "port_counters": self._new("port_counters", rows),
                 "nic_counters": self._new("nic_counters"),
+                "function_counters": self._new("function_counters"),
                 "ports": self._copied("ports"),
                 "stations": self._copied("stations"),
                 "news": self._new("news"),
@@ -346,11 +398,11 @@ class _Twins(Closing):
         return copy
 
     def _moved(self) -> tuple[int | None, str | None]:
-        """Which counter is not 0, and 0 from now on: a row's number and a name; no number for the NIC's."""
+        """Which counter is not 0, and 0 from now on: a row's number and a name; none for the device's own."""
         for port_id in range(self._rows):
             if moved := self._take("port_counters", port_id):
                 return port_id, moved
-        return None, self._take("nic_counters", 0)
+        return None, self._take("nic_counters", 0) or self._take("function_counters", 0)
 
     def _take(self, name: str, row: int) -> str | None:
         layout, counters = self._plane.layouts[name], self._own[name]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from offload.errors import KernelError, OffloadError, PrivilegeError, UnsupportedError
 
-_READ_ONLY = "/proc/sys is read-only here: run outside the container, or mount it writable"
+_READ_ONLY = "/proc or /sys is read-only here: run outside the container, or mount it writable"
 _UNSUPPORTED = {
     errno.EOPNOTSUPP: "this kernel or driver does not have it",
     errno.EAFNOSUPPORT: "this kernel does not have it",

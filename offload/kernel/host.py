@@ -38,6 +38,7 @@ _CAPABILITIES: dict[str, tuple[int, str]] = {
         21,
         "look at programs of other people, and enter the namespace that holds a veth's other end",
     ),
+    "cap_sys_nice": (23, "put the threads of NAPI on the CPUs of their queues"),
     "cap_perfmon": (38, "let the verifier accept pointer arithmetic in the programs"),
     "cap_bpf": (39, "load programs and create maps"),
 }

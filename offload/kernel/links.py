@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, nlmsg
 from pyroute2.netlink.rtnl import (
@@ -37,7 +37,15 @@ from pyroute2.netlink.rtnl import (
 )
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg, protinfo_bridge
-from pyroute2.netlink.rtnl.ndmsg import NTF_MASTER, NUD_NOARP, NUD_REACHABLE, NUD_STALE, ndmsg
+from pyroute2.netlink.rtnl.ndmsg import (
+    NTF_MASTER,
+    NTF_SELF,
+    NUD_NOARP,
+    NUD_PERMANENT,
+    NUD_REACHABLE,
+    NUD_STALE,
+    ndmsg,
+)
 from pyroute2.netlink.rtnl.nsidmsg import nsidmsg
 
 from offload.closing import Closing
@@ -47,6 +55,7 @@ from offload.kernel.netns import call_in
 from offload.kernel.rtnl import (
     Attributes,
     RouteSocket,
+    apart,
     attributes,
     messages,
     number,
@@ -77,7 +86,8 @@ _IFINFO = struct.Struct("=BBHiII")  # family, pad, type, index, flags, change
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _NDMSG = struct.Struct("=BBHiHBB")  # family, pad, pad, ifindex, state, flags, type
 _RTGENMSG = 4  # bytes of struct rtgenmsg with its padding
-_STATS64 = struct.Struct("=Q8xQ24xQQ")  # rx_packets, rx_bytes, rx_dropped, tx_dropped of rtnl_link_stats64
+_STATS64 = struct.Struct("=Q8xQ24xQQ")  # ``_COUNTS`` of rtnl_link_stats64
+_COUNTS = ("rx_packets", "rx_bytes", "rx_dropped", "tx_dropped")
 _INT32 = struct.Struct("=i")
 
 _IFF_UP = 0x1
@@ -113,17 +123,25 @@ class Links(Closing):
         self.netns = netns
         with explained("netlink", "open a socket"):
             self._route = RouteSocket(open_socket(netns))
+        self._said: dict[bytes, Link] = {}
 
-    def snapshot(self) -> dict[str, Link]:
-        """Every device, by name, as of one moment."""
+    def snapshot(self, *, counts: bool = True) -> dict[str, Link]:
+        """Every device, by name, as of one moment. Without ``counts`` their counters are 0."""
         with explained("links", "be listed"):
             dump = self._route.dump(RTM_GETLINK, ifinfmsg())
-        links = [_link(body) for body in dump]
-        names = {link.ifindex: link.name for link in links}
-        return {
-            link.name: link if link.master is None else replace(link, master_name=names.get(link.master))
-            for link in links
-        }
+        told = [_apart(body) for body in dump]
+        # Of most devices the kernel says what it said the last time, but for the counters.
+        links = {said: self._said.get(said) or _link(said) for said, _ in told}
+        self._said = links
+        names = {link.ifindex: link.name for link in links.values()}
+        found = {}
+        for said, counted in told:
+            link = links[said]
+            rest: dict[str, Any] = {} if link.master is None else {"master_name": names.get(link.master)}
+            if counts and any(counted):
+                rest |= zip(_COUNTS, counted, strict=True)
+            found[link.name] = replace(link, **rest) if rest else link
+        return found
 
     def peer(self, link: Link) -> Link:
         """The other end of a veth, read without entering its namespace.
@@ -174,26 +192,58 @@ class Links(Closing):
                     found.append(f"{address}/{prefix}")
         return found
 
-    def static_fdb(self) -> set[tuple[int, str, int]]:
+    def static_fdb(self, port: int = 0) -> set[tuple[int, str, int]]:
         """Static entries of all bridges as (port's ifindex, MAC, VID); VID 0 where none are filtered.
 
-        Learnt entries, the bridges' own addresses and the drivers' own tables are left out.
+        With ``port`` those of this ifindex alone. Learnt entries, the bridges' own addresses and the drivers'
+        own tables are left out.
         """
-        return set(self._fdb_entries(NUD_NOARP))
+        return {
+            entry for entry, state, flags in self._fdb(port) if state == NUD_NOARP and not flags & NTF_SELF
+        }
 
     def learned_fdb(self) -> set[tuple[int, str]]:
         """What bridges have learnt and not forgotten yet, as (port's ifindex, MAC), in whichever VLAN."""
-        return {(index, mac) for index, mac, _ in self._fdb_entries(NUD_REACHABLE, NUD_STALE)}
+        return {
+            entry[:2]
+            for entry, state, flags in self._fdb()
+            if state in (NUD_REACHABLE, NUD_STALE) and not flags & NTF_SELF
+        }
 
-    def _fdb_entries(self, *states: int) -> Iterator[tuple[int, str, int]]:
-        """Entries of all bridges that are in one of ``states``: see fdb_to_nud() in net/bridge/br_fdb.c."""
+    def own_addresses(self, ifindex: int) -> set[str]:
+        """Addresses that a device takes frames for beside its own: its unicast filter, and its groups."""
+        return {mac for (index, mac, _), _, flags in self._fdb() if index == ifindex and flags & NTF_SELF}
+
+    def set_own_address(self, ifindex: int, mac: str, on: bool) -> None:
+        """Let a device take frames for ``mac``, or not any more: ndo_dflt_fdb_add(), net/core/rtnetlink.c."""
+        message = _message(
+            ndmsg,
+            ("NDA_LLADDR", mac),
+            family=socket.AF_BRIDGE,
+            ifindex=ifindex,
+            state=NUD_PERMANENT,
+            flags=NTF_SELF,
+        )
+        doing = f"{'add' if on else 'remove'} its address {mac}"
+        flags = NLM_F_CREATE if on else 0
+        self._change_port(ifindex, doing, RTM_NEWNEIGH if on else RTM_DELNEIGH, flags, message)
+
+    def _fdb(self, port: int = 0) -> Iterator[tuple[tuple[int, str, int], int, int]]:
+        """Entries of bridges and of devices themselves (NTF_SELF), with state and flags; ``port``: its alone.
+
+        The state of a bridge's is as fdb_to_nud() in net/bridge/br_fdb.c has it. Which port is asked for
+        stands in an ifinfomsg: valid_fdb_dump_legacy(), net/core/rtnetlink.c.
+        """
+        kind, field = (ifinfmsg, "index") if port else (ndmsg, "ifindex")
+        request = _message(kind, family=socket.AF_BRIDGE, **{field: port})
         with explained("bridges", "list their forwarding entries"):
-            dump = self._route.dump(RTM_GETNEIGH, _message(ndmsg, family=socket.AF_BRIDGE))
+            dump = self._route.dump(RTM_GETNEIGH, request)
         for body in dump:
-            _, _, _, index, state, _, _ = _NDMSG.unpack_from(body)
+            _, _, _, index, state, flags, _ = _NDMSG.unpack_from(body)
             values = attributes(body, _NDMSG.size)
-            if state in states and _NDA["NDA_MASTER"] in values:
-                yield index, _mac(values[_NDA["NDA_LLADDR"]]), number(values.get(_NDA["NDA_VLAN"], b""))
+            if _NDA["NDA_MASTER"] in values or flags & NTF_SELF:
+                vid = number(values.get(_NDA["NDA_VLAN"], b""))
+                yield (index, _mac(values[_NDA["NDA_LLADDR"]]), vid), state, flags
 
     def bridge_vlans(self) -> dict[int, PortVlans]:
         """VIDs of every port of a bridge that filters VLANs, by ifindex."""
@@ -265,17 +315,30 @@ class Links(Closing):
         with explained(name, "look it up"):
             return self._named(name).ifindex
 
-    def find(self, name: str) -> Link | None:
-        """The device ``name`` without its master's name, ``None`` when there is none. Lists no others."""
+    def find(self, name: str, *, counts: bool = True) -> Link | None:
+        """The device ``name`` without its master's name, ``None`` when there is none. Lists no others.
+
+        Without ``counts`` its counters are 0.
+        """
         try:
-            return self._named(name)
+            return self._named(name, counts=counts)
         except OSError as error:
             if error.errno == errno.ENODEV:
                 return None
             raise explain(error, name, "look it up") from error
 
-    def _named(self, name: str) -> Link:
-        return _link(self._route.get(RTM_GETLINK, _message(ifinfmsg, ("IFLA_IFNAME", name))))
+    def at(self, ifindex: int) -> Link | None:
+        """As ``find``, for the device with this number."""
+        try:
+            return _link(self._route.get(RTM_GETLINK, _message(ifinfmsg, index=ifindex)))
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return None
+            raise explain(error, f"ifindex {ifindex}", "look it up") from error
+
+    def _named(self, name: str, *, counts: bool = True) -> Link:
+        body = self._route.get(RTM_GETLINK, _message(ifinfmsg, ("IFLA_IFNAME", name)))
+        return _link(body if counts else _apart(body)[0])
 
     def set_mac(self, ifindex: int, mac: str) -> None:
         self._set(ifindex, f"give it the MAC {mac}", ("IFLA_ADDRESS", mac))
@@ -490,6 +553,13 @@ def _event(kind: int, body: bytes) -> LinkEvent:
     # With AF_BRIDGE a DELLINK says that a port left its bridge, not that the device is gone.
     gone = kind == RTM_DELLINK and family != socket.AF_BRIDGE
     return LinkEvent(index, name, "gone" if gone else "changed")
+
+
+def _apart(body: bytes) -> tuple[bytes, tuple[int, ...]]:
+    """A link message without its counters, and those of ``_COUNTS``."""
+    said, counted = apart(body, (_IFLA["IFLA_STATS"], _IFLA["IFLA_STATS64"]), _IFINFO.size)
+    stats = counted.get(_IFLA["IFLA_STATS64"])
+    return said, _STATS64.unpack_from(stats) if stats else (0, 0, 0, 0)
 
 
 def _link(body: bytes) -> Link:

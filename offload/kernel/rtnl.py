@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from pyroute2.netlink import (
     NETLINK_EXT_ACK,
@@ -155,6 +155,19 @@ def attributes(data: bytes, offset: int = 0) -> Attributes:
         found[kind & _ATTRIBUTE_TYPE] = data[offset + _ATTRIBUTE.size : offset + length]
         offset += _aligned(length)
     return found
+
+
+def apart(data: bytes, kinds: Collection[int], offset: int = 0) -> tuple[bytes, Attributes]:
+    """``data`` without its attributes of these types, each there once at most, and these attributes."""
+    found: Attributes = {}
+    while len(found) < len(kinds) and offset + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if kind in kinds:
+            found[kind] = data[offset + _ATTRIBUTE.size : offset + length]
+            data = data[:offset] + data[offset + _aligned(length) :]
+        else:
+            offset += _aligned(max(length, _ATTRIBUTE.size))
+    return data, found
 
 
 def text(value: bytes) -> str:

@@ -10,16 +10,18 @@ import logging
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from types import TracebackType
 from typing import Self, cast
 
 from .. import channels as af_xdp
+from .. import steering
 from ..config import Config, channel_outer, conduit_inner, host_inner
 from ..errors import KernelError, OffloadError, PrivilegeError, UnsupportedError
+from ..hardware import Function, Rule
 from ..model import (
     Address,
     AdminUp,
@@ -34,15 +36,21 @@ from ..model import (
     Fdb,
     Feature,
     Filter,
+    FunctionAddress,
+    FunctionPort,
+    Functions,
     HostPair,
     Ipv6Disabled,
+    IrqAffinity,
     Link,
     LinkDns,
     Master,
     Member,
     MemberRow,
+    NapiAffinity,
     Network,
     NetworkRow,
+    NicAddress,
     NicSockets,
     PeerFeature,
     PortRecord,
@@ -53,29 +61,33 @@ from ..model import (
     Resource,
     Roster,
     Route,
+    Spread,
     State,
     Station,
     StationRow,
     StationState,
+    SteeringRule,
     Trunk,
     Uplink,
     Value,
+    Xps,
 )
 from ..paths import Paths
-from ..plan import RUNNING, TAG_IN_FRAME, Facts
+from ..plan import GRO, GRO_TCP, RUNNING, TAG_IN_FRAME, Facts
 from ..takeovers import confirmed
-from . import host
+from . import host, irq, load, nics, rcu
 from .bonds import read_bond
 from .bpf import Map
 from .channels import Channels
 from .dataplane import Dataplane, grace_period
-from .ethtool import Ethtool, Peers
+from .ethtool import Ethtool, Features, Peers
 from .hostnet import HostNet
 from .links import LinkEvents, Links, PortVlans
 from .managers import managers
 from .netdev import redirects_frags
 from .pybridge import rosters, running, start, stop, write_roster
 from .sockets import takes_frags, user, zero_copy
+from .steering import Steering
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +114,7 @@ class System:
         self._stopped = False
         self._filtering: bool | None = None
         self._stations: Mapping[tuple[int, str, int], StationRow] = {}
+        self._far_ends: dict[str, Features | OffloadError] = {}
         self._zero_copy: dict[int, bool] = {}
 
     def __enter__(self) -> Self:
@@ -111,6 +124,8 @@ class System:
             )
         _require(host.capabilities(), "cap_bpf", "cap_net_admin", "cap_perfmon")
         _require({"btf": host.btf(), "bpffs": host.bpffs(self.paths.pin_dir)}, "btf", "bpffs")
+        if self._keep:
+            rcu.settle(self.paths.hurrying)  # one who died in a change
         with ExitStack() as stack:
             self.links = stack.enter_context(Links())
             self.hostnet = stack.enter_context(HostNet())
@@ -120,6 +135,7 @@ class System:
                 Dataplane(self.paths.objects, self.paths.cache, keep=self._keep)
             )
             self.channels = Channels(self.paths, self.links, self.alias)
+            self._steering = Steering(self.links, self._ethtool, self.dataplane)
             self._stack = stack.pop_all()
         return self
 
@@ -127,6 +143,12 @@ class System:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def hurry(self, changes: Collection[Change]) -> AbstractContextManager[None]:
+        """Where ``changes`` wait for grace periods, these are short in the body."""
+        if any(isinstance(change.resource, (Member, Filter)) for change in changes):
+            return rcu.hurried(self.paths.hurrying)
+        return nullcontext()
 
     def events(self) -> LinkEvents:
         """Devices that come, go or change, from now on."""
@@ -139,6 +161,23 @@ class System:
     def rx_queues(self, nic: Link) -> int:
         """RX queues of a device that are in use."""
         return self._ethtool.rx_queues(nic)
+
+    def capabilities(self, nic: Link) -> dict[str, host.Answer]:
+        """What a NIC can do. Takes some milliseconds: see ``nics.capabilities``."""
+        return nics.capabilities(nic, self._ethtool)
+
+    def numa_node(self, nic: Link) -> int | None:
+        """The NUMA node of a NIC, ``None`` where it is at none or nobody says."""
+        return nics.numa_node(nic, self._ethtool)
+
+    def sorting(self, nic: Link) -> tuple[Function | Rule, ...]:
+        """What a NIC sorts by itself before XDP sees it, as read back."""
+        return self._steering.sorting(nic)
+
+    def hardware_fingerprint(self) -> Hashable:
+        """Changes whenever somebody changes what NICs of ours do with frames before XDP sees them."""
+        taken = [self.links.at(ifindex) for ifindex in self.dataplane.uplinks()]
+        return self._steering.fingerprint(link for link in taken if link)
 
     # Facts
 
@@ -155,7 +194,7 @@ class System:
 
         ``may_take``: the host's addresses may be taken over even if nobody has confirmed it yet.
         """
-        links = self.links.snapshot()
+        links = self.links.snapshot(counts=False)
         self.dataplane.forget_gone({link.ifindex for link in links.values()})
         uplinks = [switch.uplink for switch in config.switches.values() if switch.uplink in links]
         members = self.dataplane.members()
@@ -163,6 +202,8 @@ class System:
         shared = {switch.uplink for switch in config.switches.values() if switch.host}
         new = [nic for nic in uplinks if nic and links[nic].ifindex not in members]
         devices = [port.device for port in config.ports.values() if port.device and not port.af_xdp]
+        veths = [links[name] for name in (*uplinks, *devices) if name in links and links[name].kind == "veth"]
+        self._far_ends = self._peers.features(veths)
         return Facts(
             links=links,
             online_cpus=host.online_cpus(),
@@ -177,11 +218,7 @@ class System:
             stations=self._stations,
             programs=self.dataplane.program_ids(),
             held={record.name: (port_id, record) for port_id, record in self.dataplane.ports().items()},
-            peers={
-                name: self._peer_trouble(links[name])
-                for name in (*uplinks, *devices)
-                if name in links and links[name].kind == "veth"
-            },
+            peers=_unreachable(self._far_ends),
             features={nic: self._tag_features(links[nic], originals) for nic in uplinks if nic},
             managers={nic: _managers(links[nic], shared=nic in shared) for nic in new},
             addresses={nic: self._addresses(links[nic], links) for nic in new},
@@ -199,7 +236,73 @@ class System:
             ),
             failed=failed or {},
             af_xdp=self._for_af_xdp(config, links),
+            hardware={
+                nic: self._steering.hardware(
+                    links[nic], config.nics[nic].queues, originals, may_try=self._keep
+                )
+                for nic in uplinks
+                if nic
+            },
+            own_rules={nic: steering.own_rules(originals, links[nic].ifindex) for nic in uplinks if nic},
         )
+
+    def facts_again(
+        self,
+        facts: Facts,
+        devices: Collection[str],
+        *,
+        unless: Collection[str],
+        ids: Mapping[str, int],
+        stations: Iterable[tuple[int, str, int]],
+    ) -> Facts | None:
+        """``facts`` with some ports read anew: their ``devices``, rows (``ids``, by name) and addresses.
+
+        ``None`` where one of ``unless``, other devices, is not as it was, where a device that was in a switch
+        has gone, or something is new that all ports depend on.
+        """
+        if host.online_cpus() != facts.online_cpus or not facts.own.isdisjoint(devices):
+            return None
+        if any(self._found(name) != facts.links.get(name) for name in unless):
+            return None
+        links, members = facts.links.copy(), facts.members.copy()
+        for name in devices:
+            known, found = links.get(name), self._found(name)
+            if known and known.ifindex in members and (found is None or found.ifindex != known.ifindex):
+                return None
+            if found is None:
+                links.pop(name, None)
+                continue
+            if found.alias == self.alias:
+                return None
+            links[name] = found
+            if member := self.dataplane.member(found.ifindex):
+                members[found.ifindex] = member
+            else:
+                members.pop(found.ifindex, None)
+        veths = [links[name] for name in devices if name in links and links[name].kind == "veth"]
+        far_ends = self._peers.features(veths)
+        self._far_ends |= far_ends
+        held = facts.held.copy()
+        for name, port_id in ids.items():
+            record = self.dataplane.port(port_id)
+            if record and record.name == name:
+                held[name] = (port_id, record)
+            else:
+                held.pop(name, None)
+        heard = facts.stations.copy()
+        for at in stations:
+            if row := self.dataplane.station(*at):
+                heard[at] = row
+            else:
+                heard.pop(at, None)
+        self._stations = heard
+        peers = facts.peers | _unreachable(far_ends)
+        return replace(facts, links=links, members=members, peers=peers, held=held, stations=heard)
+
+    def _found(self, name: str) -> Link | None:
+        """A device as ``facts`` has it."""
+        link = self.links.find(name, counts=False)
+        return link if link is None or link.master is None else replace(link, master_name=_name(link.master))
 
     def _for_af_xdp(self, config: Config, links: Mapping[str, Link]) -> af_xdp.Host:
         ports = {name: port.af_xdp for name, port in config.ports.items() if port.af_xdp}
@@ -250,14 +353,6 @@ class System:
             (link.name, found) for link in over for found in self.links.global_addresses(link.ifindex)
         )
 
-    def _peer_trouble(self, link: Link) -> str | None:
-        """Why the other end of a veth cannot be set, or ``None``."""
-        try:
-            self._peers.find(link).features()
-        except OffloadError as error:
-            return str(error)
-        return None
-
     def _tag_features(self, link: Link, originals: State) -> dict[str, bool]:
         """Features that hide tags from XDP, and whether they can be switched off."""
         if link.kind == "veth":
@@ -282,15 +377,7 @@ class System:
         vlans = self.links.bridge_vlans() if facts.vlan_filtering else {}
         for link in facts.links.values():
             if link.master_name in bridges:
-                at = (link.name, link.ifindex)
-                state[Master(*at)] = link.master_name
-                state[BridgePort(*at)] = (
-                    bool(link.learning),
-                    bool(link.unicast_flood),
-                    link.group_forward or 0,
-                )
-                if facts.links[link.master_name].vlan_filtering:
-                    state[BridgeVlans(*at)] = vlans.get(link.ifindex, (0, ()))
+                state |= _at_bridge(link, facts, vlans)
         for ifindex, mac, vid in self.links.static_fdb():
             if ifindex in by_index and by_index[ifindex].master_name in bridges:
                 state[Fdb(by_index[ifindex].name, ifindex, mac, vid)] = True
@@ -307,12 +394,57 @@ class System:
                 state[PythonBridge(switch)] = True
         asked = {*wanted, *originals}
         state |= self.hostnet.observe(asked)
+        state |= dict(self._steering.observe(asked, originals, facts.links))
         features = cache(self._ethtool.features)  # a device has a dozen that are asked for
         for resource in asked:
             if isinstance(resource, DeviceResource) and resource not in state:
                 link_now = by_index.get(resource.ifindex)
                 if link_now and link_now.name == resource.device:
                     self._observe_setting(state, resource, link_now, features)
+        return state
+
+    def observe_again(self, facts: Facts, asked: Iterable[Resource]) -> dict[Resource, Value]:
+        """As ``observe``, for resources of ports alone, and for all that their devices have at a bridge."""
+        plane = self.dataplane
+        state: dict[Resource, Value] = {}
+        devices = {}
+        for resource in asked:
+            value: Value = None
+            match resource:
+                case Station(number, mac, vid):
+                    if station := facts.stations.get((number, mac, vid)):
+                        value = (station.port, station.ifindex, station.state)
+                case PortSlot(port_id):
+                    if record := plane.port(port_id):
+                        value = record.as_value()
+                case Trunk(port_id):
+                    if (vids := plane.trunk(port_id)) is not None:
+                        value = tuple(sorted(vids))
+                case Filter(_, ifindex, mac, vid):
+                    value = plane.filter(ifindex, mac, vid)
+                case QueueCpu(_, ifindex, cpu):
+                    value = plane.queue_cpus(ifindex).get(cpu)
+                case DeviceResource(device, ifindex):
+                    link = facts.links.get(device)
+                    if link and link.ifindex == ifindex:
+                        devices[device] = link
+                        if isinstance(resource, Member):
+                            if ifindex in facts.members:
+                                row, digest = facts.members[ifindex]
+                                value = row.as_value(digest)
+                        elif not isinstance(resource, (Master, BridgePort, BridgeVlans, Fdb)):
+                            self._observe_setting(state, resource, link, self._ethtool.features)
+                case _:
+                    raise TypeError(f"{resource} is no part of a port")
+            if value is not None:
+                state[resource] = value
+        vlans = self.links.bridge_vlans() if facts.vlan_filtering else {}
+        for link in devices.values():
+            master = facts.links.get(link.master_name or "")
+            if master and master.kind == "bridge" and master.name in facts.own:
+                state |= _at_bridge(link, facts, vlans)
+                for ifindex, mac, vid in self.links.static_fdb(link.ifindex):
+                    state[Fdb(link.name, ifindex, mac, vid)] = True
         return state
 
     def _observe_devices(self, facts: Facts) -> Iterator[tuple[Resource, Value]]:
@@ -376,6 +508,9 @@ class System:
         match resource:
             case AdminUp():
                 state[resource] = link.up
+            case NicAddress(mac=mac):
+                if mac in self.links.own_addresses(link.ifindex):
+                    state[resource] = True
             case Promiscuous():
                 state[resource] = link.promiscuous
             case Ipv6Disabled():
@@ -384,10 +519,16 @@ class System:
             case Feature(feature=feature):
                 state[resource] = features(link.name)[feature][0]
             case PeerFeature(feature=feature):
-                try:
-                    state[resource] = self._peers.find(link).features()[feature][0]
-                except KernelError:
-                    return  # its namespace has gone or cannot be found: nothing can be given back there
+                found = self._far_ends.get(link.name) or self._peers.features([link])[link.name]
+                if not isinstance(found, OffloadError):
+                    state[resource] = found[feature][0]
+                elif not isinstance(found, KernelError):
+                    raise found
+                # Else its namespace has gone or cannot be found: nothing can be given back there.
+            case IrqAffinity() | NapiAffinity() | Xps():
+                value = irq.observe(resource)
+                if value is not None:
+                    state[resource] = value
 
     # Changes
 
@@ -417,6 +558,8 @@ class System:
                 self.links.set_bridge_vlans(ifindex, _vlans(change.before), _vlans(change.after))
             case Fdb(_, ifindex, mac, vid):
                 (self.links.add_fdb if change.after else self.links.del_fdb)(ifindex, mac, vid)
+            case NicAddress(_, ifindex, mac):
+                self.links.set_own_address(ifindex, mac, bool(change.after))
             case AdminUp(_, ifindex):
                 self.links.set_up(ifindex, bool(change.after))
             case Promiscuous(_, ifindex):
@@ -425,6 +568,8 @@ class System:
                 self.links.set_ipv6_disabled(device, bool(change.after))
             case Feature(device, _, feature):
                 self._ethtool.set_feature(device, feature, bool(change.after))
+            case IrqAffinity() | NapiAffinity() | Xps():
+                irq.execute(change)
             case PeerFeature(device, _, feature):
                 link = self.links.find(device)
                 if link is None:
@@ -432,6 +577,8 @@ class System:
                 self._peers.find(link).set_feature(feature, bool(change.after))
             case Address() | Carried() | LinkDns() | Route():
                 self.hostnet.execute(change)
+            case Functions() | FunctionPort() | FunctionAddress() | SteeringRule() | Spread():
+                self._steering.execute(change)
             case Roster(switch):
                 write_roster(self.paths, switch, change.after if isinstance(change.after, tuple) else None)
             case PythonBridge(switch):
@@ -538,7 +685,14 @@ class System:
                 if self._filters_left and (after is None or change.before is None):
                     grace_period()  # a program may still hold a port id that its filter no longer gives
                     self._filters_left = False
-                plane.set_port(port_id, PortRecord.of(after) if isinstance(after, tuple) else None)
+                record = PortRecord.of(after) if isinstance(after, tuple) else None
+                if record and (before := _rerouted(change)):
+                    source = before.cpu
+                    threads = [] if source is None else load.threads(plane.queue_map_ids(), source)
+                    if not plane.move_port(port_id, record, lambda: load.all_asleep(threads)):
+                        log.info("%s: frames that are under way may be overtaken", record.name)
+                else:
+                    plane.set_port(port_id, record)
                 self._stopped |= _runs(change.before) and not _runs(after)
             case Filter(_, ifindex, mac, vid):
                 if self._stopped:
@@ -551,6 +705,19 @@ class System:
                 raise TypeError(f"nothing knows how to change {change.resource}")
 
 
+def _at_bridge(link: Link, facts: Facts, vlans: Mapping[int, PortVlans]) -> dict[Resource, Value]:
+    """What a device is at its bridge. ``vlans`` are those of all ports, by ifindex."""
+    assert link.master_name, "only a device at a bridge is asked for"
+    at = (link.name, link.ifindex)
+    state: dict[Resource, Value] = {
+        Master(*at): link.master_name,
+        BridgePort(*at): (bool(link.learning), bool(link.unicast_flood), link.group_forward or 0),
+    }
+    if facts.links[link.master_name].vlan_filtering:
+        state[BridgeVlans(*at)] = vlans.get(link.ifindex, (0, ()))
+    return state
+
+
 def _require(answers: Mapping[str, host.Answer], *names: str) -> None:
     """Raise for the first of ``names`` that this host answers with no."""
     for name in names:
@@ -558,6 +725,11 @@ def _require(answers: Mapping[str, host.Answer], *names: str) -> None:
         if answer.state == "no":
             kind = PrivilegeError if name.startswith("cap_") else UnsupportedError
             raise kind(f"{answer.why}: {answer.remedy}" if answer.remedy else answer.why)
+
+
+def _unreachable(far_ends: Mapping[str, Features | OffloadError]) -> dict[str, str | None]:
+    """``Facts.peers``."""
+    return {name: str(found) if isinstance(found, OffloadError) else None for name, found in far_ends.items()}
 
 
 def _managers(link: Link, *, shared: bool) -> tuple[str, ...]:
@@ -626,6 +798,13 @@ def _is_there(resource: DeviceResource) -> bool:
         return False
 
 
+def _name(ifindex: int) -> str | None:
+    try:
+        return socket.if_indextoname(ifindex)
+    except OSError:
+        return None  # it went while we looked
+
+
 def _ifindex(name: str) -> int:
     try:
         return socket.if_nametoindex(name)
@@ -635,6 +814,15 @@ def _ifindex(name: str) -> int:
 
 def _runs(value: Value) -> bool:
     return isinstance(value, tuple) and bool(PortRecord.of(value).flags & RUNNING)
+
+
+def _rerouted(change: Change) -> PortRecord | None:
+    """The row of a port before, where all that changes is its queue's CPU, or which frames GRO merges."""
+    if not isinstance(change.before, tuple) or not isinstance(change.after, tuple):
+        return None
+    before, after = PortRecord.of(change.before), PortRecord.of(change.after)
+    flags = before.flags & ~(GRO | GRO_TCP) | after.flags & (GRO | GRO_TCP)
+    return before if replace(before, cpu=after.cpu, flags=flags) == after else None
 
 
 def _int(value: object) -> int:

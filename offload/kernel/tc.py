@@ -39,6 +39,7 @@ PROGRAMS: Mapping[Role, Mapping[Side, str]] = {
     "port": {"ingress": "sent", "egress": "guard"},
     "host": {"ingress": "sent", "egress": "guard"},
     "uplink": {"ingress": "wire"},
+    "function": {"ingress": "strayed", "egress": "silence"},
     "conduit": {"ingress": "unwrap"},
     "silent": {"ingress": "silence", "egress": "silence"},
 }

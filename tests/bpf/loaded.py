@@ -44,7 +44,8 @@ class Run:
     """One frame through one program: what was decided, the frame afterwards, and what was counted.
 
     ``moved`` has every counter of every port and of the NIC that is not what it was:
-    ``"3.direct.packets": 1`` for port 3, ``"nic.broadcast.bytes": 60`` for the NIC.
+    ``"3.direct.packets": 1`` for port 3, ``"nic.broadcast.bytes": 60`` for the NIC, ``"function.…"`` for
+    the virtual function.
     """
 
     verdict: int
@@ -91,6 +92,7 @@ class Vmq(_Objects):
         self.uplink = self._load(artifact, "uplink", self.maps, AttachType.XDP, frags=True)
         self.twin = self._load(artifact, "queue", self.maps, AttachType.XDP, frags=True)
         self.queue = self._load(artifact, "queue", self.maps, AttachType.XDP_CPUMAP, frags=True)
+        self.function = self._load(artifact, "function", self.maps, AttachType.XDP, frags=True)
         memory = self.maps["classifier"].mapped()
         self._held.callback(memory.close)
         self.words = memoryview(memory).cast("Q")
@@ -119,6 +121,11 @@ class Vmq(_Objects):
         """Let ``cpu`` serve queues."""
         self.maps["cpus"].update(_U32.pack(cpu), _PAIR.pack(64, self.queue.fd))
 
+    def let_serve(self, port_id: int, vid: int = 0) -> None:
+        """Let the virtual function serve a port."""
+        row = self.layouts["served"].pack(port=port_id, vid=vid, unused=0)
+        self.maps["served"].update(_U32.pack(0), row)
+
     def set_filter(self, mac: str, vid: int, port_id: int) -> None:
         self.classifier.set(filter_key(mac, vid), port_id)
 
@@ -143,7 +150,9 @@ class Vmq(_Objects):
         """Every counter by name, as ``Run.moved`` has them."""
         ports = self._totals("port_counters", MAX_PORTS)
         found = {f"{port_id}.{name}": value for port_id in ports for name, value in flat(ports[port_id])}
-        return found | {f"nic.{name}": value for name, value in flat(self._totals("nic_counters", 1)[0])}
+        for label, name in (("nic", "nic_counters"), ("function", "function_counters")):
+            found |= {f"{label}.{row}": value for row, value in flat(self._totals(name, 1)[0])}
+        return found
 
     def _totals(self, name: str, rows: int) -> dict[int, dict[str, Any]]:
         layout = self.layouts[name]

@@ -18,8 +18,8 @@ from offload.kernel.compile import Artifact, compiled, sources
 from tests.bpf.loaded import DEFINES, MAX_PORTS, XDP_PASS, XDP_REDIRECT, Vmq, flat
 from tests.lab import WIRE_MAC, tag, test_frame
 
-PATHS = ["socket", "direct", "queued", "handed", "returned", "bridged", "local"]
-PATHS += ["tx_local", "tx_direct", "tx_bridge"]
+XDP_PATHS = ["socket", "direct", "queued", "handed", "returned", "left", "merged"]
+TC_PATHS = ["bridged", "local", "tx_local", "tx_direct", "tx_bridge"]
 DROPS = ["vlan_nic", "vlan_queue", "vlan_bridge", "vlan_sent", "spoofed", "guard_dhcp", "guard_ra"]
 REASONS = ["broadcast", "multicast", "no_filter", "malformed", "paused", "no_device", "no_cpu", "too_big"]
 
@@ -30,8 +30,13 @@ def tallies(*names: str) -> list[str]:
 
 LAYOUTS = {
     "ports": ("=IHHIHH", ["cpu", "pvid", "flags", "ifindex", "max_len", "queue"]),
-    "port_counters": ("=29Q", [*tallies(*PATHS), *DROPS, "link_local", "host"]),
+    "port_counters": (
+        "=34Q",
+        [*tallies(*XDP_PATHS), "merged_buffers", *tallies(*TC_PATHS), *DROPS, "link_local", "host"],
+    ),
     "nic_counters": ("=18Q", tallies(*REASONS, "frags")),
+    "served": ("=IHH", ["port", "vid", "unused"]),
+    "function_counters": ("=6Q", tallies("group", "stranger", "passed")),
     "channel_counters": ("=4Q", tallies("handed", "no_consumer")),
     "members": ("=IIHHHH", ["port", "network", "role", "flags", "pvid", "unused"]),
     "networks": ("=IIHHI", ["uplink", "conduit", "untagged", "flags", "unused"]),
@@ -52,7 +57,7 @@ def test_layouts_are_pinned(name: str, cache: Path) -> None:
     pinned, fields = LAYOUTS[name]
     layout = Layout(spec.value)
     assert spec.value_size == layout.size == struct.calcsize(pinned)
-    raw = bytes(range(1, layout.size + 1))  # no two fields read alike
+    raw = random.Random(1).randbytes(layout.size)  # no two fields read alike
     assert dict(flat(layout.read(raw))) == dict(zip(fields, struct.unpack(pinned, raw), strict=True))
 
 
@@ -111,6 +116,8 @@ def test_port_flags_are_the_same() -> None:
         "PORT_FRAGS_POSSIBLE": plan.FRAGS_POSSIBLE,
         "PORT_BYPASS": plan.BYPASS,
         "PORT_SOCKETS": plan.SOCKETS,
+        "PORT_GRO": plan.GRO,
+        "PORT_GRO_TCP": plan.GRO_TCP,
     }
 
 

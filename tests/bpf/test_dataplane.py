@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,19 @@ MAC = "02:15:5d:00:00:01"
 
 
 class Host:
-    """A laboratory's host namespace with a pin directory: ``dataplane()`` is what one process would hold."""
+    """A laboratory's host namespace with a pin directory."""
 
     def __init__(self, lab: Lab, bpffs: Path, cache: Path) -> None:
         self.lab = lab
-        self.pins = bpffs / "v3"
+        self.pins = bpffs / "v4"
         self.cache = cache
         self.nic = lab.host.ifindex(lab.nic)
 
-    def dataplane(self) -> Dataplane:
-        return Dataplane(self.pins, self.cache)
+    @contextmanager
+    def dataplane(self) -> Iterator[Dataplane]:
+        """What one process in the namespace would hold."""
+        with ExitStack() as held:
+            yield self.do(lambda: held.enter_context(Dataplane(self.pins, self.cache)))
 
     def do(self, work: Callable[[], Any]) -> Any:
         """``work()`` where the devices are: the kernel looks them up in the caller's namespace."""
@@ -144,8 +148,8 @@ def test_a_map_of_another_shape_is_refused(host: Host, name: str) -> None:
     pin = host.pins / "maps" / name
     with Map.create("other", MapSpec(MapType.ARRAY, 4, 24, 100, 0, None, None)) as other:
         other.pin(pin)
-    with pytest.raises(ForeignError) as raised:
-        host.dataplane().open()
+    with pytest.raises(ForeignError) as raised, host.dataplane():
+        pass
     said = str(raised.value)
     assert str(pin) in said
     assert "(2, 4, 24, 100)" in said
@@ -158,8 +162,8 @@ def test_a_program_where_a_map_should_be_is_refused(host: Host) -> None:
     silence = compiled("switch.c", SWITCH_DEFINES, host.cache).programs["silence"]
     with Program.load("silence", silence, {}, AttachType.NONE, frags=False) as program:
         program.pin(host.pins / "maps" / "ports")
-    with pytest.raises(ForeignError, match="not of this version"):
-        host.dataplane().open()
+    with pytest.raises(ForeignError, match="not of this version"), host.dataplane():
+        pass
 
 
 def test_a_new_program_comes_under_the_same_link(host: Host, dataplane: Dataplane) -> None:
@@ -339,6 +343,6 @@ def test_pins_of_another_version_are_refused(host: Host) -> None:
     with Map.create("ports", MapSpec(MapType.ARRAY, 4, 24, 100, 0, None, None)) as left:
         left.pin(other / "maps" / "ports")
     with pytest.raises(ForeignError, match=f"{other} is of another version of offload.*detach --all"):
-        host.dataplane().open()
+        Dataplane(host.pins, host.cache).open()
     assert (other / "maps" / "ports").exists()
     assert not host.pins.exists()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from offload.plan import FRAGS_POSSIBLE, NO_FRAGS, RUNNING, SOCKETS, TRUNK
+from offload.plan import FRAGS_POSSIBLE, GRO, GRO_TCP, NO_FRAGS, RUNNING, SOCKETS, TRUNK
 from tests.bpf.loaded import (
     XDP_DROP,
     XDP_PASS,
@@ -20,7 +21,7 @@ from tests.lab import TPID_8021AD, WIRE_MAC, Lab, tag, test_frame
 PASS, DROP, REDIRECT = XDP_PASS, XDP_DROP, XDP_REDIRECT
 
 UNTAGGED, ACCESS, TRUNKED, PAUSED, AWAY, NO_CPU, ELSEWHERE, HERE, TUN, JUMBO, SMALL, PLAIN_TRUNK = range(12)
-XSK = 12
+XSK, MERGED, MERGED_TCP, MERGED_ELSEWHERE, MERGED_TRUNK, MERGED_PAUSED = range(12, 18)
 """Ports; ``mac_of`` gives their MACs."""
 
 
@@ -30,6 +31,17 @@ def mac_of(port: int) -> str:
 
 def to(port: int, tags: bytes = b"", size: int = 60) -> bytes:
     return test_frame(mac_of(port), WIRE_MAC, tags=tags, size=size)
+
+
+def ip(port: int, version: int, protocol: int, tags: bytes = b"", fragment: int = 0) -> bytes:
+    """A packet as far as the program looks: of this protocol, with IPv4's flags and fragment offset."""
+    head = struct.pack("!BxHHHBB", 0x45, 46, 1, fragment, 64, protocol)
+    if version == 6:
+        head = struct.pack("!IHBB", 6 << 28, 6, protocol, 64)
+    ethertype = 0x0800 if version == 4 else 0x86DD
+    return test_frame(mac_of(port), WIRE_MAC, tags=tags, ethertype=ethertype)[: 14 + len(tags)] + head.ljust(
+        46, b"\6"
+    )
 
 
 def untagged(frame: bytes) -> bytes:
@@ -55,6 +67,11 @@ def vmq(vmq: Vmq, cpus: tuple[int, int]) -> Vmq:
         (TUN, [0], {"flags": RUNNING | NO_FRAGS | FRAGS_POSSIBLE, "max_len": 9014}),
         (JUMBO, [0], {"flags": RUNNING | FRAGS_POSSIBLE, "max_len": 9014}),
         (SMALL, [0], {"max_len": 100}),
+        (MERGED, [0], {"flags": RUNNING | GRO}),
+        (MERGED_TCP, [0], {"flags": RUNNING | GRO_TCP, "max_len": 100}),
+        (MERGED_ELSEWHERE, [0], {"flags": RUNNING | GRO_TCP, "cpu": elsewhere}),
+        (MERGED_TRUNK, [0, 10], {"flags": RUNNING | TRUNK | GRO_TCP}),
+        (MERGED_PAUSED, [0], {"flags": GRO}),
         (XSK, [10], {"flags": RUNNING | SOCKETS, "pvid": 10, "cpu": elsewhere}),
     ]:
         vmq.set_port(port, **({"flags": RUNNING} | fields))
@@ -67,8 +84,8 @@ def vmq(vmq: Vmq, cpus: tuple[int, int]) -> Vmq:
 class Case:
     """``counted`` is the counter that moves; ``after`` the frame afterwards, None for as it came.
 
-    ``on_queue`` is the counter when the queue program gets the frame, and ``on_queue_verdict`` its
-    verdict, where they are not those of the uplink program.
+    ``on_queue`` is the counter when the queue program gets the frame, ``on_queue_verdict`` its verdict and
+    ``on_queue_after`` the frame then, where they are not those of the uplink program.
     """
 
     name: str
@@ -78,6 +95,7 @@ class Case:
     after: bytes | None = None
     on_queue: str | None = None
     on_queue_verdict: int | None = None
+    on_queue_after: bytes | None = None
 
 
 def delivered(name: str, port: int, frame: bytes, after: bytes | None = None) -> Case:
@@ -98,6 +116,21 @@ def dropped(name: str, port: int, frame: bytes) -> Case:
     return Case(name, frame, DROP, f"{port}.vlan_nic", on_queue=f"{port}.vlan_queue")
 
 
+def merged(name: str, port: int, frame: bytes) -> Case:
+    """On the queue's CPU it is handed over: one that waited there while the port's delivery changed."""
+    after = untagged(frame) if frame[12:14] == b"\x81\0" and port != MERGED_TRUNK else frame
+    return Case(
+        name,
+        frame,
+        PASS,
+        f"{port}.left",
+        on_queue=f"{port}.handed",
+        on_queue_verdict=REDIRECT,
+        on_queue_after=after,
+    )
+
+
+TCP, UDP, HOP_BY_HOP = 6, 17, 0
 Q, AD = tag(10), tag(10, tpid=TPID_8021AD)
 
 CASES = [
@@ -151,6 +184,31 @@ CASES = [
     delivered("several buffers, VID 0", JUMBO, to(JUMBO, tag(0), size=5000), to(JUMBO, size=5000)),
     returned("several buffers, too long", JUMBO, to(JUMBO, size=9015), "too_big"),
     delivered("the queue's CPU is this one", HERE, to(HERE)),
+    merged("all frames are merged", MERGED, to(MERGED)),
+    merged("all frames are merged, VID 0 stays", MERGED, to(MERGED, tag(0))),
+    merged("TCP", MERGED_TCP, ip(MERGED_TCP, 4, TCP)),
+    merged("TCP over IPv6", MERGED_TCP, ip(MERGED_TCP, 6, TCP)),
+    merged("TCP, VID 0", MERGED_TCP, ip(MERGED_TCP, 4, TCP, tag(0))),
+    merged("TCP over IPv6, VID 10", MERGED_TRUNK, ip(MERGED_TRUNK, 6, TCP, Q)),
+    merged("a fragment of TCP", MERGED_TCP, ip(MERGED_TCP, 4, TCP, fragment=0x2001)),
+    delivered("UDP", MERGED_TCP, ip(MERGED_TCP, 4, UDP)),
+    delivered("UDP over IPv6", MERGED_TCP, ip(MERGED_TCP, 6, UDP)),
+    delivered("IPv6 with an extension header", MERGED_TCP, ip(MERGED_TCP, 6, HOP_BY_HOP)),
+    delivered("no IP", MERGED_TCP, to(MERGED_TCP)),
+    delivered("no IP, and TCP's number where IP has it", MERGED_TCP, to(MERGED_TCP)[:14] + b"\6" * 46),
+    delivered("TCP behind two tags", MERGED_TRUNK, ip(MERGED_TRUNK, 4, TCP, Q + tag(20))),
+    delivered("ends in its IP header", MERGED_TCP, ip(MERGED_TCP, 4, TCP)[:33]),
+    dropped("merged or not, 802.1ad", MERGED, to(MERGED, AD)),
+    returned("merged or not, paused", MERGED_PAUSED, to(MERGED_PAUSED), "paused"),
+    returned("merged or not, too long", MERGED_TCP, ip(MERGED_TCP, 4, TCP).ljust(101, b"\0"), "too_big"),
+    merged("TCP, before it goes to the queue's CPU", MERGED_ELSEWHERE, ip(MERGED_ELSEWHERE, 4, TCP)),
+    Case(
+        "UDP goes to the queue's CPU",
+        ip(MERGED_ELSEWHERE, 4, UDP),
+        REDIRECT,
+        f"{MERGED_ELSEWHERE}.queued",
+        on_queue=f"{MERGED_ELSEWHERE}.handed",
+    ),
     Case(
         "the queue's CPU is not set up",
         to(NO_CPU),
@@ -187,7 +245,7 @@ def test_uplink(vmq: Vmq, case: Case) -> None:
 def test_queue(vmq: Vmq, case: Case) -> None:
     """On the queue's CPU: the same answers, and counters of its own."""
     verdict = case.verdict if case.on_queue_verdict is None else case.on_queue_verdict
-    after = case.frame if case.after is None else case.after
+    after = case.on_queue_after or case.after or case.frame
     counted = expected(case.on_queue or case.counted, case.frame)
     assert vmq.run(vmq.twin, case.frame) == Run(verdict, after, counted)
 

@@ -18,7 +18,7 @@ import pytest
 from offload.kernel.bpf import RunResult
 from offload.kernel.dataplane import Dataplane
 from offload.model import MemberRow, NetworkRow, News, PortRecord, StationRow, StationState
-from offload.plan import BYPASS, RUNNING
+from offload.plan import BYPASS, GRO, GRO_TCP, RUNNING
 from tests.bpf.loaded import TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, Counts, Run, flat, skb
 from tests.instance import BPFFS
 from tests.lab import TPID_8021AD, Lab, mac_bytes, tag, test_frame
@@ -61,6 +61,11 @@ DEVICES = [
     Device("moved", {}, state="away"),
     Device("gone", {}, gone=True),
     Device("small", {}, max_len=100),
+    Device("merged", {}, flags=BYPASS | RUNNING | GRO),
+    Device("merged-tcp", {"pvid": 10}, flags=BYPASS | RUNNING | GRO_TCP, max_len=100),
+    Device("merged-paused", {}, flags=BYPASS | GRO),
+    Device("merged-slow", {"bypass": False}, flags=RUNNING | GRO),
+    Device("merged-away", {}, flags=BYPASS | RUNNING | GRO, state="away"),
     Device("peer", {}),
     Device("peer-access", {"pvid": 10}),
     Device("host", {"role": "host"}),
@@ -72,6 +77,8 @@ DEVICES = [
     Device("wrapped-nic", {"network": WRAPPED, "role": "uplink"}),
     Device("conduit", {"network": WRAPPED, "role": "conduit"}),
     Device("silent", {"role": "silent"}),
+    Device("function", {"role": "function", "of": "nic"}),
+    Device("function-10", {"role": "function", "of": "nic", "pvid": 10}),
 ]
 IDS = {device.name: number for number, device in enumerate(DEVICES)}
 UNTAGGED_VID = 4001
@@ -115,7 +122,8 @@ class Switches:
         for device in DEVICES:
             number, ifindex = IDS[device.name], self._ifindex[device.name]
             row: dict[str, Any] = {"network": EXTERNAL, "role": "port", "bypass": True} | device.row
-            plane.set_member(device.name, ifindex, MemberRow(number, **row))
+            port = IDS[row.pop("of", device.name)]
+            plane.set_member(device.name, ifindex, MemberRow(port, **row))
             if device.trunk:
                 plane.set_trunk(number, device.trunk)
 
@@ -175,7 +183,7 @@ def everything(privilege: None, cache: Path) -> Iterator[Switches]:
     with (
         Lab() as lab,
         tempfile.TemporaryDirectory(dir=BPFFS) as pins,
-        Dataplane(Path(pins) / "v3", cache) as plane,
+        Dataplane(Path(pins) / "v4", cache) as plane,
     ):
         yield Switches(lab, plane)
         plane.remove_everything()
@@ -507,6 +515,21 @@ WIRE = [
     Case("unicast to a port", "nic", frame(ELSEWHERE, "peer"), PASS, "nic.tx_bridge"),
     Case("unicast to nobody", "nic", frame(ELSEWHERE, FOREIGN), PASS, "nic.tx_bridge"),
     Case("unicast to the host", "nic", frame(ELSEWHERE, "host"), REDIRECT, "nic.tx_local"),
+    Case("to a port that has frames merged", "nic", frame(ELSEWHERE, "merged"), REDIRECT, "nic.tx_local"),
+    Case(
+        "the same, VID 0",
+        "nic",
+        frame(ELSEWHERE, "merged", tag(0)),
+        REDIRECT,
+        "nic.tx_local",
+        frame(ELSEWHERE, "merged"),
+    ),
+    Case("the same, in its VLAN", "nic", frame(ELSEWHERE, "merged-tcp", Q), REDIRECT, "nic.tx_local"),
+    Case("the same, in no VLAN of its", "nic", frame(ELSEWHERE, "merged", Q), PASS, "nic.tx_bridge"),
+    Case("the same, too long", "nic", frame(ELSEWHERE, "merged-tcp", Q, size=101), PASS, "nic.tx_bridge"),
+    Case("the same, paused", "nic", frame(ELSEWHERE, "merged-paused"), PASS, "nic.tx_bridge"),
+    Case("the same, not past the bridge", "nic", frame(ELSEWHERE, "merged-slow"), PASS, "nic.tx_bridge"),
+    Case("the same, away", "nic", frame(ELSEWHERE, "merged-away"), PASS, "nic.tx_bridge"),
     Case("to the host in another VLAN", "nic", frame(ELSEWHERE, "host", Q), PASS, "nic.tx_bridge"),
     Case("too long for the host", "nic", frame(ELSEWHERE, "host", size=1515), PASS, "nic.tx_bridge"),
     Case("a VID", "nic", frame(ELSEWHERE, BROADCAST, tag(10, 5)), PASS, "nic.tx_bridge"),
@@ -684,3 +707,35 @@ def test_only_what_has_a_port_to_go_out_of_leaves_a_conduit(switches: Switches) 
 def test_a_silent_device(switches: Switches) -> None:
     run = switches.run("silence", "silent", frame(ELSEWHERE, BROADCAST))
     assert (run.verdict, run.moved) == (DROP, {})
+
+
+STRAYED = {
+    "its port's": ("function", frame(ELSEWHERE, "plain"), REDIRECT, b""),
+    "of its VLAN": ("function-10", frame(ELSEWHERE, "access"), REDIRECT, tag(10)),
+    "of its VLAN, with a priority": (
+        "function-10",
+        frame(ELSEWHERE, "access", tag(0, 5)),
+        REDIRECT,
+        tag(10, 5),
+    ),
+    "priority-tagged": ("function", frame(ELSEWHERE, "plain", tag(0, 5)), REDIRECT, b""),
+    "still tagged": ("function-10", frame(ELSEWHERE, "access", tag(10)), DROP, None),
+    "of another VLAN": ("function", frame(ELSEWHERE, "access"), DROP, None),
+    "nobody's": ("function", frame(ELSEWHERE, FOREIGN), DROP, None),
+    "broadcast": ("function", frame(ELSEWHERE, BROADCAST), DROP, None),
+    "multicast": ("function", frame(ELSEWHERE, MULTICAST), DROP, None),
+    "of no device of ours": ("nobody", frame(ELSEWHERE, "plain"), DROP, None),
+}
+
+
+@pytest.mark.parametrize(("device", "came", "verdict", "tags"), STRAYED.values(), ids=STRAYED)
+def test_what_a_virtual_function_gives_to_its_nic(
+    switches: Switches, device: str, came: bytes, verdict: int, tags: bytes | None
+) -> None:
+    """With the tag that the NIC had taken off. A test run shows tags in the frame."""
+    run = switches.run("strayed", device, came)
+    assert (run.verdict, run.moved) == (verdict, {})
+    if tags is not None:
+        bare = came[:12] + came[16:] if came[12:14] == b"\x81\x00" else came
+        assert run.frame[:12] + run.frame[-len(bare) + 12 :] == bare
+        assert run.frame[12 : len(run.frame) - len(bare) + 12] in (tags, b"")

@@ -57,7 +57,7 @@ class Net:
 
     def __init__(self, lab: Lab, bpffs: Path, cache: Path) -> None:
         self.lab = lab
-        self.pins = bpffs / "v3"
+        self.pins = bpffs / "v4"
         self.plane = Dataplane(self.pins, cache)
         self.ids: dict[str, int] = {}
         lab.host.ip("link add br0 type bridge mcast_snooping 0")
@@ -348,6 +348,57 @@ def test_the_host_s_interface(both: Net) -> None:
         "tx_direct.bytes": 60,
     }
     assert both.counts(both.lab.nic) == {"tx_local.packets": 1, "tx_local.bytes": 60}
+
+
+@pytest.fixture
+def generic(both: Net) -> Net:
+    """A switch with the host's interface ``ext0-host``; XDP on its NIC is generic. Scope: one test."""
+    both.open()
+    nic = both.lab.host.ifindex(both.lab.nic)
+    both.do(lambda: both.plane.attach(both.lab.nic, nic, "generic"))
+    both.lab.host.ip(f"link add ext0-host address {HOST_MAC} type veth peer name ext0-host-sw")
+    for end in ("ext0-host", "ext0-host-sw"):
+        both.lab.host.ip(f"link set {end} up")
+    return both
+
+
+@pytest.mark.parametrize("vlan", [0, 10], ids=["untagged", "in a VLAN"])
+def test_a_nic_in_generic_xdp_mode(generic: Net, vlan: int) -> None:
+    """The header is read, and never the payload: that would name another sender here, and a forbidden tag."""
+    vm, tags = generic.add("web1", pvid=vlan), tag(vlan) if vlan else b""
+    generic.member("ext0-host-sw", "host", mac=HOST_MAC, pvid=vlan)
+    generic.hear(vm)
+    generic.lab.host.send("ext0-host", [test_frame(WIRE_MAC, HOST_MAC)])
+    wait_until(lambda: generic.states(HOST_MAC) == ["here"], "the host is heard")
+    inner = test_frame(HOST_MAC, vm.mac, 1, tags=tag(5, tpid=TPID_8021AD))
+    disguised = test_frame(BROADCAST, WIRE_MAC, tags=tags)[: 14 + len(tags)] + inner
+    with vm.capture() as inside, generic.lab.host.capture("ext0-host") as heard:
+        generic.lab.wire.send(
+            generic.lab.wire_end, [disguised, to_host := test_frame(HOST_MAC, WIRE_MAC, 2, tags=tags)]
+        )
+        whole = disguised[:12] + disguised[12 + len(tags) :]
+        assert inside.wait_for(1) == [whole]
+        assert heard.wait_for(2) == [whole, test_frame(HOST_MAC, WIRE_MAC, 2)]
+    assert generic.states(vm.mac) == ["here"]
+    generic.lab.wire.send(generic.lab.wire_end, [test_frame(BROADCAST, vm.mac, 3, tags=tags)])
+    wait_until(lambda: generic.states(vm.mac) == ["away"], "the VM is away")
+    counted = generic.counts(generic.lab.nic)
+    assert (counted["tx_local.packets"], counted["tx_local.bytes"]) == (1, len(to_host))
+    assert (counted["tx_bridge.packets"], counted["tx_bridge.bytes"]) == (2, len(disguised) + len(to_host))
+
+
+def test_tcp_over_a_nic_in_generic_xdp_mode(generic: Net) -> None:
+    """Its segments are shared with the sender's queue, and so are copied for XDP."""
+    length = 1 << 20
+    generic.member("ext0-host-sw", "host", mac=HOST_MAC)
+    generic.lab.host.ip("address add 192.0.2.1/24 dev ext0-host")
+    generic.lab.wire.ip(f"address add 192.0.2.2/24 dev {generic.lab.wire_end}")
+    generic.lab.wire.ip(f"neighbour add 192.0.2.1 lladdr {HOST_MAC} dev {generic.lab.wire_end}")
+    thread, taken = receive(generic.lab.host, length)
+    generic.lab.wire.call(lambda: transmit("192.0.2.1", length))
+    thread.join(20)
+    assert taken == [length]
+    assert generic.counts(generic.lab.nic)["tx_local.bytes"] > length
 
 
 def test_a_tap(both: Net) -> None:

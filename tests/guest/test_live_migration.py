@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,23 @@ class Site:
     vms: dict[Namespace, Vm]
 
     def where(self, host: Namespace) -> tuple[str, str]:
-        """Where a host has heard the guest, and the path to it."""
+        """Where a host has heard the guest, or why it has not, and the path to it."""
         port = self.instances[host].port("web1")
-        (station,) = port["stations"]
-        return station["state"], port["path"]
+        states = [station["state"] for station in port["stations"]]
+        return ", ".join(states) or f"{port['state']}: {port['reason']}", port["path"]
 
     def wait(self, host: Namespace, state: str, path: str) -> None:
         """Wait until a host has heard the guest there, and the path to it is that one."""
-        wait_until(lambda: self.where(host) == (state, path), f"{state} in {host.name}", 60)
+        seen: list[tuple[str, str]] = []
+
+        def there() -> bool:
+            seen.append(self.where(host))
+            return seen[-1] == (state, path)
+
+        try:
+            wait_until(there, f"{state} in {host.name}", 60)
+        finally:
+            print(f"{host.name}:", *(" by ".join(one) for one, _ in groupby(seen)), sep="\n  ")
 
     def past_the_bridge(self, host: Namespace) -> int:
         """Frames that the guest's tap on a host got from the queue and from other ports."""

@@ -449,14 +449,15 @@ def test_killing_the_consumer_of_the_nic_moves_its_frames_without_loss(hardware:
         process = subprocess.Popen(
             lab.host.argv(*command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        with process, Stream(lab.wire, lab.wire_end, DB1, rate=4000) as stream:
+        with process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            stream.run_on(1000)
-            process.kill()
-            process.wait(10)
-            stream.run_on(1000)
-            sent = stream.stop()
+            with Stream(lab.wire, lab.wire_end, DB1, rate=4000) as stream:
+                stream.run_on(1000)
+                process.kill()
+                process.wait(10)
+                stream.run_on(1000)
+                sent = stream.stop()
         handed = instance.port("db1")["af_xdp"]["handed"]["hardware"]
         assert 0 < handed < sent
         assert len(soft.expect(sent - handed)) == sent - handed

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 
@@ -45,8 +46,8 @@ def test_a_bond_is_refused_when_the_kernel_would(lab: Lab, mode: str, hash_polic
 
     with Links(host.path) as netlink, Ethtool(host.path) as ethtool:
         links = netlink.snapshot()
-        bond = read_bond(links["bond0"], links, netlink, ethtool)
-        assert read_bond(links["web1"], links, netlink, ethtool) is None
+        bond = host.call(partial(read_bond, links["bond0"], links, netlink, ethtool))
+        assert host.call(partial(read_bond, links["web1"], links, netlink, ethtool)) is None
     assert bond is not None
     assert (bond.mode, bond.hash, set(bond.members)) == (mode, hash_policy, {"web1", "web2"})
     refused = list(refusals("bond0", links, "native", bond))

@@ -62,7 +62,7 @@ def test_a_feature_is_switched_alone(lab: Lab, host: Ethtool, feature: str) -> N
     on = not before[feature][0]
     host.set_feature(lab.nic, feature, on)
     host.set_feature(lab.nic, feature, on)
-    assert host.features(lab.nic) == before | {feature: (on, False)}
+    assert host.features(lab.nic) == {**before, feature: (on, False)}
     host.set_feature(lab.nic, feature, not on)
     assert host.features(lab.nic) == before
 

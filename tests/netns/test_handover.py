@@ -41,7 +41,7 @@ from offload.xsk.errors import PrivilegeError, XskError
 from offload.xsk.socket import Socket
 from offload.xsk.umem import Umem, UmemShape
 from tests.instance import Instance, config_of
-from tests.lab import AS_NOBODY, WIRE_MAC, Lab, seq_of, test_frame, wait_until
+from tests.lab import AS_NOBODY, WIRE_MAC, Lab, handed_over, seq_of, test_frame, wait_until
 
 NOBODY = pwd.getpwnam("nobody")
 DB1, DB2 = "02:15:5d:00:00:11", "02:15:5d:00:00:12"
@@ -266,6 +266,7 @@ def consumer() -> Iterator[Consumer]:
         yield consumer
 
 
+@handed_over
 def test_a_consumer_without_privileges(site: Site, consumer: Consumer) -> None:
     assert consumer.do(take, site.door()) == "0000000000000000 0000000000000000"
     assert site.taken()
@@ -285,6 +286,7 @@ def test_a_consumer_without_privileges(site: Site, consumer: Consumer) -> None:
     )
 
 
+@handed_over
 def test_how_full_its_rings_are_is_seen(own_site: Site, consumer: Consumer) -> None:
     """Without reading a frame, so that the RX ring fills up, and over a restart of the daemon."""
     site = own_site
@@ -313,6 +315,7 @@ def test_how_full_its_rings_are_is_seen(own_site: Site, consumer: Consumer) -> N
     assert shown()["filled"] == {}
 
 
+@handed_over
 def test_the_tool_takes_what_is_handed_over(site: Site) -> None:
     command = [sys.executable, "-m", "offload.xsk", "dump", "--socket", str(site.door()), "--count", "10"]
     tool = subprocess.Popen([*AS_NOBODY, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -335,6 +338,7 @@ def test_the_tool_says_why_it_gets_nothing(site: Site) -> None:
     assert "It belongs to another user" in refused.stderr
 
 
+@handed_over
 def test_frames_are_kept_until_the_consumer_is_ready(site: Site, consumer: Consumer) -> None:
     consumer.do(take_only, site.door(), "xsk0", 0)
     site.send(DB1, *range(FEW // 2))
@@ -343,6 +347,7 @@ def test_frames_are_kept_until_the_consumer_is_ready(site: Site, consumer: Consu
     assert consumer.do(receive, FEW // 2) == list(range(FEW // 2))
 
 
+@handed_over
 def test_another_ports_socket_is_closed_to_it(site: Site, consumer: Consumer) -> None:
     with pytest.raises(PrivilegeError, match="It belongs to another user"):
         consumer.do(take, site.door("db2"))
@@ -357,6 +362,7 @@ def test_another_ports_socket_is_closed_to_it(site: Site, consumer: Consumer) ->
     assert consumer.do(look_around, site.daemon.paths.run_dir) == set()
 
 
+@handed_over
 def test_root_gets_any_ports(site: Site) -> None:
     with Consumer(privileged=True) as root:
         for port in "db1", "db2":
@@ -382,6 +388,7 @@ def test_a_map_can_only_be_written(site: Site) -> None:
             provider.map("eth1")
 
 
+@handed_over
 def test_the_nics_queues_receive_only(site: Site, consumer: Consumer) -> None:
     for queue in range(QUEUES):
         consumer.do(take, site.door(), "eth1", queue)
@@ -401,6 +408,7 @@ def test_the_nics_queues_receive_only(site: Site, consumer: Consumer) -> None:
         seen.assert_silent()
 
 
+@handed_over
 def test_a_queue_with_an_owner(site: Site, consumer: Consumer) -> None:
     consumer.do(take, site.door(), "eth1", 1)
     with Consumer() as other:
@@ -425,6 +433,7 @@ def test_what_there_is_to_have(site: Site) -> None:
     assert eth1.netns is None
 
 
+@handed_over
 @pytest.mark.parametrize(("device", "name"), [("xsk0", "xsks"), ("eth1", "nic_sockets")])
 def test_a_killed_consumer_leaves_an_empty_place(site: Site, device: str, name: str) -> None:
     for attempt in range(3):
@@ -441,8 +450,11 @@ def test_a_killed_consumer_leaves_an_empty_place(site: Site, device: str, name: 
                 wait_until(functools.partial(site.has_dropped, expected), "five frames are counted")
 
 
+@handed_over
 def test_a_killed_nic_consumer_gives_way_to_the_software_channel(site: Site, consumer: Consumer) -> None:
     consumer.do(take, site.door())
+    consumer.do(send, [test_frame(WIRE_MAC, DB1)])  # who has not been heard is reached by the bridge
+    site.daemon.wait_port("db1", state="active")
     with Consumer() as fast:
         for queue in range(QUEUES):
             fast.do(take, site.door(), "eth1", queue)
@@ -453,6 +465,7 @@ def test_a_killed_nic_consumer_gives_way_to_the_software_channel(site: Site, con
     assert consumer.do(receive, 20) == list(range(20, 40))
 
 
+@handed_over
 def test_a_daemon_that_restarts_interrupts_nobody(own_site: Site, consumer: Consumer) -> None:
     site = own_site
     consumer.do(take, site.door())
@@ -475,6 +488,7 @@ def test_a_daemon_that_restarts_interrupts_nobody(own_site: Site, consumer: Cons
     assert not any(path.is_socket() for path in site.door().parent.iterdir())
 
 
+@handed_over
 def test_sockets_follow_the_config(own_site: Site, consumer: Consumer) -> None:
     site = own_site
     config = _config(site.lab, trusted=True)
@@ -505,6 +519,7 @@ def test_a_channel_that_is_not_there(site: Site) -> None:
         supply.channel("db9", None)
 
 
+@handed_over
 def test_nothing_stays_of_what_failed(site: Site, consumer: Consumer) -> None:
     """Bound, but there is no map to put it into: the queue is free at once."""
     before = umems()
@@ -529,6 +544,7 @@ def _target(fd: str) -> str:
     return ""
 
 
+@handed_over
 def test_frames_longer_than_a_chunk(make_lab: Callable[..., Lab]) -> None:
     if not takes_frags():
         pytest.skip("this kernel's AF_XDP takes no frames of several buffers")

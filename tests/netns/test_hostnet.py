@@ -60,7 +60,7 @@ def shown(lab: Lab) -> dict[str, Any]:
     """Addresses and routes as ``ip`` shows them, without what changes by itself."""
     addresses = json.loads(lab.host.ip(f"-json address show dev {lab.nic}"))[0]["addr_info"]
     routes = [
-        json.dumps(route)
+        json.dumps({key: value for key, value in route.items() if key != "expires"})
         for family in ("-4", "-6")
         for route in json.loads(lab.host.ip(f"-json {family} route show table all"))
     ]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from offload.kernel import rcu
 from offload.paths import Paths
 from tests.instance import BPFFS, Instance, config_of, vms_of
 from tests.lab import WIRE_MAC, Lab, Namespace, Vm, test_frame, wait_until, xdp_pass
@@ -320,6 +321,22 @@ def batch(ns: Namespace, lines: list[str]) -> None:
     ns.run("sh", "-c", 'printf "%s\\n" "$@" | ip -batch -', "sh", *lines)
 
 
+def test_killed_while_it_hurries(crowd: tuple[Lab, Namespace, dict[str, str]]) -> None:
+    """The kernel's grace periods are nobody's hurry any more once the next daemon is there."""
+    lab, _, macs = crowd
+    before = snapshot(lab.host)
+    with Instance(lab.host, config_of(lab.nic, macs)) as instance:
+        instance.start(ready=False)
+        wait_until(lambda: rcu.EXPEDITED.read_text() == "1\n", "ports are attached", 60)
+        instance.stop(signal.SIGKILL)
+        assert instance.paths.hurrying.exists(), "it was killed too late"
+        instance.start()
+        assert rcu.EXPEDITED.read_text() == "0\n"
+        assert len(instance.json("ports")) == MANY
+        instance.cli("detach", "--all")
+        assert_unchanged(before, lambda: snapshot(lab.host))
+
+
 def test_hundred_ports(crowd: tuple[Lab, Namespace, dict[str, str]]) -> None:
     """Little memory, although this daemon compiled its programs; and a second look changes nothing."""
     lab, vms, macs = crowd
@@ -341,7 +358,7 @@ def test_hundred_ports(crowd: tuple[Lab, Namespace, dict[str, str]]) -> None:
         assert instance.process is not None
         mapped = Path(f"/proc/{instance.process.pid}/maps").read_text()
         assert "LLVM" not in mapped
-        assert "bcc" not in mapped
+        assert "libbcc" not in mapped
         print(f"resident: {instance.rss() / 1e6:.1f} MB")
         assert instance.rss() < MEMORY_LIMIT
         instance.cli("detach", "--all")

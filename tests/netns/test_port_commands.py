@@ -6,7 +6,9 @@ One daemon serves all tests: ``web1`` comes from its config file, and its NIC ha
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -180,7 +182,7 @@ def test_port_of_the_config_file_is_refused(site: Site, command: tuple[str, ...]
         pytest.param(
             3,
             ("add", "web2", *Site.place("web2"), "--queue", "hardware"),
-            "ports.web2.queue: hardware: not in this version",
+            "ports.web2.queue: hardware: eth1 has none for it",
             id="hardware-queue",
         ),
     ],
@@ -190,6 +192,25 @@ def test_refusals(site: Site, code: int, command: tuple[str, ...], told: str) ->
     if "--vlan" in command and host.bridges()[1].state == "yes":
         pytest.skip("this kernel's bridge filters VLANs")
     assert told in site.refused(code, "port", *command)
+
+
+@pytest.mark.parametrize("device", ["web1", "web2"], ids=["another-port", "this-port"])
+def test_what_somebody_did_just_before_a_command_is_put_right_with_it(site: Site, device: str) -> None:
+    """The daemon hears of both at one time: it stands still meanwhile."""
+    site.add("web2")
+    assert site.daemon.process
+    with Client(site.daemon.paths.socket) as client, ThreadPoolExecutor(1) as pool:
+        site.daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            site.lab.host.ip(f"link set {device} nomaster")
+            answer = pool.submit(client.port_set, "web2", {"weight": 7})
+        finally:
+            site.daemon.process.send_signal(signal.SIGCONT)
+        answer.result(20)
+        assert " master ext0 " in site.lab.host.ip(f"link show {device}")
+        assert site.daemon.port("web2")["weight"] == 7
+        left = client.apply(site.daemon.file.read_text(), str(site.daemon.file), dry_run=True)
+        assert left.changes == []
 
 
 def test_a_port_that_was_refused_can_be_added_right(site: Site) -> None:

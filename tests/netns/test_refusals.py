@@ -249,13 +249,6 @@ PARSED = [
         "has 1024 devices, uplink included; a kernel bridge takes 1023",
         id="full-bridge",
     ),
-    pytest.param(
-        setting("ports", "spare1", "queue", to="hardware"),
-        3,
-        "ports.spare1.queue: hardware:",
-        "not in this version",
-        id="later-version",
-    ),
 ]
 
 

@@ -112,6 +112,12 @@ def looked_at(instance: Instance, config: dict[str, Any]) -> set[str]:
     return instance.host.call(ask)
 
 
+def addresses_taken_by(instance: Instance, config: dict[str, Any]) -> str:
+    """What a dry run of ``config`` says."""
+    with Client(instance.paths.socket) as client:
+        return str([change.text for change in client.apply(json.dumps(config), "test", dry_run=True).changes])
+
+
 def assert_taken(lab: Lab) -> None:
     """The addresses are on the host's interface alone, and everybody is reached through it."""
     assert addresses(lab, lab.nic) == set()
@@ -401,8 +407,18 @@ def test_an_address_that_comes_later_is_no_reason_to_stop(lab: Lab, instance: In
         lab.host.ip(f"link set {lab.nic} alias touched")  # news, so that the daemon looks
         wait_until(lambda: client.status().reconcile.runs > runs, "the daemon has looked")
     assert addresses(lab, lab.nic) == {"203.0.113.9"}
+    lab.vm("web1", "02:15:5d:00:00:01")
     with Client(instance.paths.socket) as client:
         assert client.nics()[0].problems == []
+        spec: dict[str, Any] = {"switch": "ext0", "device": "web1", "mac": "02:15:5d:00:00:01"}
+        for dry_run in (True, False):
+            told = client.port_add("web1", spec, dry_run=dry_run)
+            assert not [change for change in told.changes if "203.0.113.9" in change.text]
+        assert client.port_set("web1", {"weight": 60}).takeover is None
+        asking: dict[str, Any] = {"allow": {"link_local_protocols": True}}  # the switch is another then
+        assert client.port_set("web1", asking).takeover is None
+    assert addresses(lab, lab.nic) == {"203.0.113.9"}
+    assert "203.0.113.9" in addresses_taken_by(instance, taking(lab))
 
 
 def test_a_nic_is_looked_at_while_something_could_be_taken(lab: Lab, instance: Instance) -> None:

@@ -1,6 +1,6 @@
 """TCP with offloads on: checksums and segments stay to be made while frames cross a switch. Needs root.
 
-How fast it goes is told by ``tests.bench.vm_to_vm``; here each flow must arrive complete, and a packet
+How fast it goes is told by ``tests.bench.streams``; here each flow must arrive complete, and a packet
 on its way to a VM, to the host or to the NIC must be larger than a frame of the wire.
 """
 

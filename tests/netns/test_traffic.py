@@ -356,9 +356,9 @@ def test_every_frame_is_counted_once_by_path(site: Site) -> None:
         own = {"packets": count, "bytes": count * 100}
         if name == "web4":
             both = {"packets": count + 5, "bytes": count * 100 + 1000}
-            assert moved == {"queue": none, "local": none, "bridge": both}
+            assert moved == {"queue": none, "gro": none, "local": none, "bridge": both}
         else:
-            assert moved == {"queue": own, "local": none, "bridge": groups}, name
+            assert moved == {"queue": own, "gro": none, "local": none, "bridge": groups}, name
         assert after[name]["counters"]["tx"] == ports[name]["counters"]["tx"], name
         assert after[name]["counters"]["drops"] == ports[name]["counters"]["drops"], name
         for path, tally in after[name]["counters"]["rx"].items():

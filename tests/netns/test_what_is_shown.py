@@ -5,8 +5,10 @@ The figures come from the daemon; what was really sent and delivered is known fr
 
 from __future__ import annotations
 
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -113,6 +115,29 @@ def test_each_path_and_each_drop_is_shown(shown: tuple[Lab, Instance, Vm, Vm]) -
     assert f'offload_port_drops_total{{port="web1",reason="spoofed",switch="ext0"}} {COUNT}.0' in text
     assert f'offload_port_packets_total{{direction="tx",path="direct",{labels}}} {COUNT}.0' in text
     assert f'offload_queue_drops_total{{nic="{lab.nic}",queue="0",reason="vlan"}} {COUNT}.0' in text
+
+
+def test_rates_are_those_of_the_traffic(shown: tuple[Lab, Instance, Vm, Vm]) -> None:
+    """What is sent while ``top`` looks, and nothing else; it says itself how long it looked."""
+    lab, instance, _, _ = shown
+    with ThreadPoolExecutor(1) as pool:
+        look = pool.submit(instance.json, "top", "--interval", "4")
+        sent = 0
+        while not look.done():
+            lab.wire.send("wire0", frames(WEB1, WIRE_MAC))
+            sent += COUNT
+            time.sleep(0.05)
+    view = look.result()
+    assert view["seconds"] >= 4
+    ports = {port["name"]: port for port in view["ports"]}
+    found = ports["web1"]["rx"]["queue"]
+    assert 0 < found["packets"] * view["seconds"] <= sent
+    assert found["bytes"] == pytest.approx(found["packets"] * len(frames(WEB1, WIRE_MAC)[0]))
+    assert ports["db1"]["rx"]["queue"]["packets"] == 0
+    rates = {port: queue["rate"] for queue in view["queues"] for port in queue["ports"]}
+    assert rates["web1"]["packets"] == pytest.approx(found["packets"], rel=0.2)  # asked for just after
+    assert rates["db1"]["packets"] == 0
+    assert sum(cpu["busy"] for cpu in view["cpus"]) > 0
 
 
 def test_an_address_that_the_wire_uses_too_is_a_warning(shown: tuple[Lab, Instance, Vm, Vm]) -> None:

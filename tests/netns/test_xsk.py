@@ -26,6 +26,7 @@ from tests.lab import (
     QUIET,
     WIRE_MAC,
     Lab,
+    handed_over,
     mac_bytes,
     seq_of,
     test_frame,
@@ -394,6 +395,7 @@ def test_frames_without_a_socket_go_on_to_the_stack(one: Lab) -> None:
             redirect.map.insert(64, bound)
 
 
+@handed_over
 def test_a_socket_handed_over_serves_a_process_without_privileges(one: Lab) -> None:
     with ExitStack() as held:
         umem = held.enter_context(xsk.Umem(SHAPE))

@@ -17,12 +17,14 @@ from pydantic import JsonValue
 from offload import api
 from offload.errors import OffloadError
 from offload.views import (
+    CapabilityView,
     ChangeView,
     ConfigStatus,
     Counters,
     Counts,
     DefaultPath,
     ExtensionView,
+    HardwareQueues,
     HostView,
     NetworkView,
     NicView,
@@ -31,6 +33,7 @@ from offload.views import (
     PortView,
     ProgramView,
     PythonBridgeView,
+    QueueEvent,
     QueueFilter,
     QueueView,
     ReconcileStatus,
@@ -102,6 +105,10 @@ NIC = NicView(
     default_queue={"miss": 12, "multicast": 3},
     queues_waiting=1,
     rx_dropped=0,
+    numa_node=0,
+    rx_queues=4,
+    hardware_queues=HardwareQueues(how="functions", total=7, in_use=2, why=None),
+    capabilities={"sriov": CapabilityView(state="yes", why="7 virtual functions, 7 made", remedy="")},
     problems=[],
 )
 QUEUES = [
@@ -130,6 +137,72 @@ QUEUES = [
         bytes=64256,
         drops=4,
         drops_by_reason={"ring_full": 4, "vlan": 0},
+    ),
+]
+HARDWARE = [
+    QUEUES[0],
+    QueueView(
+        nic="eth1",
+        id=1,
+        kind="hardware",
+        state="paused",
+        since=MOMENT,
+        cpu=3,
+        device="eth1v0",
+        standing=True,
+        vlan_by="nic",
+        ports=["web1"],
+        filters=[QueueFilter(mac="02:15:5d:00:00:01", vlan=10)],
+        packets=1000,
+        bytes=64000,
+        drops=2,
+        drops_by_reason={"ring_full": 0, "stranger": 2},
+        not_taken={"group": 7, "passed": 1},
+    ),
+    QueueView(
+        nic="eth2",
+        id=1,
+        kind="hardware",
+        state="set",
+        cpu=None,
+        rx_queue=3,
+        standing=False,
+        vlan_by="xdp",
+        ports=["web2"],
+        filters=[QueueFilter(mac="02:15:5d:00:00:02", vlan=10)],
+        packets=0,
+        bytes=0,
+        drops=0,
+        drops_by_reason={},
+    ),
+]
+"""Queues as ``QUEUES``, of NICs that can sort frames themselves."""
+EVENTS = [
+    QueueEvent(
+        time=MOMENT,
+        nic="eth1",
+        queue=1,
+        kind="software",
+        port="web1",
+        before="undefined",
+        after="running",
+        cpu_before=None,
+        cpu=2,
+        why=None,
+        text="web1: software queue 1 of eth1 is running, on CPU 2",
+    ),
+    QueueEvent(
+        time=MOMENT,
+        nic="eth1",
+        queue=1,
+        kind="software",
+        port="web1",
+        before="running",
+        after="running",
+        cpu_before=2,
+        cpu=3,
+        why="81 % -> 44 %",
+        text="moved web1 from CPU 2 to 3: 81 % -> 44 %",
     ),
 ]
 SWITCH = SwitchView(
@@ -216,7 +289,7 @@ class FakeService:
     """Answers with the constants above and keeps what it was asked.
 
     ``refusal`` is raised by every method while it is set; ``changes`` is what changing methods report,
-    with ``takeover`` as what waits after them.
+    with ``takeover`` as what waits after them. ``queue_views`` are its queues.
     """
 
     def __init__(self) -> None:
@@ -226,6 +299,7 @@ class FakeService:
         """As if it were new."""
         self.refusal: Exception | None = None
         self.changes: list[ChangeView] = list(CHANGES)
+        self.queue_views: list[QueueView] = list(QUEUES)
         self.warnings: list[str] = []
         self.takeover: TakeoverView | None = None
         self.calls: list[tuple[object, ...]] = []
@@ -248,7 +322,11 @@ class FakeService:
 
     async def queues(self) -> list[QueueView]:
         self._called("queues")
-        return QUEUES
+        return self.queue_views
+
+    async def events(self) -> list[QueueEvent]:
+        self._called("events")
+        return EVENTS
 
     async def apply(self, text: str, source: str, dry_run: bool, confirm_within: float) -> Outcome:
         return self._changed("apply", text, source, dry_run, confirm_within)

@@ -31,6 +31,7 @@ from offload.views import StatusView
 from tests.unit.fake_service import (
     CHANGES,
     DB1,
+    EVENTS,
     LAB,
     NIC,
     QUEUES,
@@ -96,6 +97,7 @@ def test_views_arrive_as_they_were_sent(client: Client) -> None:
     assert client.switches() == [SWITCH, LAB]
     assert client.ports() == [WEB1, DB1]
     assert client.queues() == QUEUES
+    assert client.events() == EVENTS
 
 
 def test_changes_hand_every_argument_on(client: Client, service: FakeService) -> None:
@@ -238,7 +240,7 @@ def test_openapi_describes_every_field(http: httpx.Client) -> None:
         for field, about in schema.get("properties", {}).items()
         if "description" not in about
     ]
-    assert "PortView" in schemas
+    assert {"PortView", "QueueEvent"} <= schemas.keys()
     assert undescribed == []
 
 

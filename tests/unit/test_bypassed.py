@@ -82,8 +82,10 @@ def test_the_kernel_s_own_choice_of_a_qdisc_has_no_handle(
     name = kind.encode() + b"\0"
     body = struct.pack("=B3xiIII", 0, socket.if_nametoindex("lo"), handle, 0xFFFFFFFF, 2)
     body += struct.pack("=HH", 4 + len(name), 1) + name
+    monkeypatch.setattr(bypassed, "_nothing_at", lambda *_: False)
     monkeypatch.setattr(RouteSocket, "dump", lambda *_: [body])
-    assert bypassed._disciplines({"lo"}) == expected
+    assert bypassed._disciplines({"lo"}, set()) == expected
+    assert bypassed._disciplines(set(), {"lo"}) == {}
 
 
 def test_a_program_that_is_not_installed_is_named_with_its_package() -> None:

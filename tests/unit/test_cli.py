@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import offload
+from offload import tables
 from offload.cli import MAX_CONFIG, main
 from offload.doctor import Finding, Report
 from offload.errors import (
@@ -29,10 +31,12 @@ from offload.errors import (
 )
 from offload.paths import Paths
 from offload.takeovers import DEFAULT_WITHIN
-from offload.views import Outcome
+from offload.views import HardwareQueues, Outcome
 from tests.unit.fake_service import (
     CHANGES,
     DB1,
+    EVENTS,
+    HARDWARE,
     LAB,
     NIC,
     QUEUES,
@@ -132,14 +136,23 @@ def test_ports_have_the_keys_of_the_contract(cli: Offload, service: FakeService)
 
 def test_queues_have_the_keys_of_the_contract(cli: Offload, service: FakeService) -> None:
     default, _ = json.loads(cli("queues", "--json").stdout)
-    assert set(default) == {*QUEUE_KEYS.split(), "drops_by_reason"}
+    more = "since device rx_queue standing vlan_by drops_by_reason not_taken"
+    assert set(default) == {*QUEUE_KEYS.split(), *more.split()}
     assert default["id"] == 0
 
 
 @pytest.mark.parametrize(
     ("command", "rows"),
     [
-        ("nics", [["eth1", "igb", "native", "0123456789abcdef", "1", "1", "0", "miss 12, multicast 3", "-"]]),
+        (
+            "nics",
+            [
+                [
+                    *("eth1", "igb", "native", "0123456789abcdef", "4", "hardware 2/7 (SR-IOV)"),
+                    *("1", "1", "0", "miss 12, multicast 3", "-"),
+                ]
+            ],
+        ),
         (
             "switches",
             [
@@ -172,6 +185,46 @@ def test_tables_show_everything(
     heading, *shown = cli(command).stdout.splitlines()
     assert heading.startswith(("NIC", "SWITCH"))
     assert [[cell.strip() for cell in row.split("  ") if cell.strip()] for row in shown] == rows
+
+
+@pytest.mark.parametrize(
+    ("queues", "told"),
+    [
+        (HardwareQueues(how="rules", total=3, in_use=0, why=None), "hardware 0/3 (rules)"),
+        (HardwareQueues(how=None, total=0, in_use=0, why="it has none"), "software"),
+        (None, "-"),
+    ],
+    ids=["rules", "none", "no-uplink"],
+)
+def test_what_queues_a_nic_has_for_vms(
+    queues: HardwareQueues | None, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables.nics([NIC.model_copy(update={"hardware_queues": queues})])
+    heading, row = (line.split("  ") for line in capsys.readouterr().out.splitlines())
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in (heading, row)]
+    assert (cells[0][5], cells[1][5]) == ("VM QUEUES", told)
+
+
+def test_a_column_says_where_hardware_queues_are(cli: Offload, service: FakeService) -> None:
+    service.queue_views = HARDWARE
+    heading, *shown = (line.split("  ") for line in cli("queues").stdout.splitlines())
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in (heading, *shown)]
+    assert [row[2:5] for row in cells] == [
+        ["KIND", "WHERE", "STATE"],
+        ["default", "-", "running"],
+        ["hardware", "eth1v0 (VLAN 10 by the NIC)", "paused"],
+        ["hardware", "RX 3 (not sorted there)", "set"],
+    ]
+
+
+def test_what_happened_to_queues_is_shown(cli: Offload, service: FakeService) -> None:
+    shown = json.loads(cli("queues", "--events", "--json").stdout)
+    assert shown == [event.model_dump(mode="json") for event in EVENTS]
+    assert json.loads(cli("queues", "--events", "--nic", "eth1", "--json").stdout) == shown
+    *_, last = cli("queues", "--events").stdout.splitlines()
+    cells = ["2024-05-17 12:30:00 UTC", "eth1", "1", "web1", "moved web1 from CPU 2 to 3: 81 % -> 44 %"]
+    assert re.split("  +", last.strip()) == cells
+    assert cli("queues", "--events", "--nic", "eth9").exit_code == 2
 
 
 def test_a_piped_table_is_neither_cut_nor_coloured(
@@ -280,15 +333,8 @@ def test_every_problem_has_a_line_with_file_path_and_what_is_allowed(cli: Offloa
     assert "ports.p.wieght" in [problem["path"] for problem in verdict["problems"]]
 
 
-def test_what_this_version_cannot_do_ends_with_3(cli: Offload) -> None:
-    text = GOOD + 'ports: {web1: {switch: ext0, device: web1, mac: "02:15:5d:00:00:01", queue: hardware}}\n'
-    result = cli("check", "-", input=text)
-    assert result.exit_code == 3
-    assert "stdin: ports.web1.queue" in result.stderr
-
-
 def test_warnings_of_a_config_go_to_stderr(cli: Offload) -> None:
-    text = GOOD.replace("xdp_mode: native", "queues: {rebalance: true}")
+    text = GOOD.replace("xdp_mode: native", "queues: {cpus: [0], rebalance: true}")
     result = cli("check", "-", "--json", input=text)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["warnings"]
@@ -462,6 +508,7 @@ def test_run_hands_config_and_paths_on(cli: Offload, monkeypatch: pytest.MonkeyP
         (["--cpu", "2"], {"cpu": 2}),
         (["--cpu", "auto"], {"cpu": "auto"}),
         (["--queue", "off", "--weight", "0"], {"queue": "off", "weight": 0}),
+        (["--delivery", "gro"], {"delivery": "gro"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
 
@@ -23,14 +25,12 @@ from offload.config import (
     parse,
     parse_mac,
     parse_port,
-    require_supported,
     split_listen,
-    unsupported,
     warnings,
     with_channels,
 )
 from offload.document import MAX_BYTES, load
-from offload.errors import ConfigError, Problem, UnsupportedError, UsageError
+from offload.errors import ConfigError, Problem, UsageError
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "offload.yaml"
 
@@ -133,7 +133,6 @@ def test_what_is_left_out_has_its_default() -> None:
 
 def test_the_shipped_example_is_good_and_supported() -> None:
     config = parse(EXAMPLE.read_text(), str(EXAMPLE))
-    require_supported(config)
     assert (len(config.nics), len(config.switches), len(config.ports)) == (1, 1, 2)
 
 
@@ -754,31 +753,71 @@ def test_merged_ports_are_checked_against_the_whole() -> None:
     ]
 
 
+FEW_MACS = [f"02:15:5d:00:00:0{number}" for number in range(9)]
+FEW_PORTS = st.fixed_dictionaries(
+    {
+        "switch": st.sampled_from(["ext0", "lan0"]),
+        "mac": st.lists(st.sampled_from(FEW_MACS), min_size=1, max_size=2, unique=True),
+    },
+    optional={
+        "vlan": st.sampled_from([10, {"trunk": [10, 20], "native": 10}]),
+        "queue": st.sampled_from(["hardware", "off"]),
+    },
+).flatmap(
+    lambda port: st.one_of(
+        st.sampled_from(["a", "b", "p1-xsk", "h0"]).map(lambda device: {**port, "device": device}),
+        st.sampled_from(["hardware", "software"]).map(lambda mode: {**port, "af_xdp": {"mode": mode}}),
+    )
+)
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["p1", "p2", "p3", "ext0-py"]), st.none() | FEW_PORTS), max_size=20
+)
+
+
+@given(CHANGES)
+@settings(max_examples=300)
+def test_what_has_not_changed_need_not_be_compared(
+    changes: list[tuple[str, dict[str, object] | None]],
+) -> None:
+    """Ports come, change and go one by one; what clashes is refused, and the others stay."""
+    base = parse(
+        """
+        version: 1
+        nics: {eth1: {queues: {cpus: [0]}}}
+        switches:
+          ext0: {type: external, uplink: eth1, bridge: python}
+          lan0: {type: internal, host: {interface: h0, mac: "02:15:5d:00:00:03", vlan: 10}}
+        ports: {p0: {switch: ext0, device: z, mac: "02:15:5d:00:00:00"}}
+        """
+    )
+    known, files = merge_ports(base, {}), dict[str, PortConfig]()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(config_module, "MAX_BRIDGE_PORTS", 3)
+        patched.setattr(config_module, "MAX_FILTERS", 6)
+        for name, port in changes:
+            after = {other: file for other, file in files.items() if other != name}
+            if port:
+                with suppress(ConfigError):  # it is wrong by itself
+                    after[name] = parse_port(name, port, name)
+            try:
+                whole = merge_ports(base, after)
+            except ConfigError as error:
+                with pytest.raises(ConfigError, match=f"^{re.escape(str(error))}$"):
+                    merge_ports(base, after, known=known)
+            else:
+                known, files = merge_ports(base, after, known=known), after
+                assert known == whole
+
+
 # --- what this version does with it --------------------------------------------------------------
 
 
-def test_what_this_version_cannot_do_is_listed_with_remedies() -> None:
-    config = parse(
-        """
-        version: 1
-        mac_range: {first: "02:15:5d:00:00:00", last: "02:15:5d:00:00:ff"}
-        nics: {eth1: {}}
-        switches:
-          ext0: {type: external, uplink: eth1, bridge: python}
-          int0: {type: internal, host: {interface: h0}}
-          priv0: {type: private}
-        ports:
-          b: {switch: ext0, device: b, queue: hardware, delivery: gro}
-        """
-    )
-    assert [str(problem) for problem in unsupported(config)] == [
-        "ports.b.queue: hardware: not in this version: use queue: auto or software",
-        "ports.b.delivery: gro: not in this version: use delivery: auto or frames",
-    ]
-    with pytest.raises(UnsupportedError) as caught:
-        require_supported(config, "x.yaml")
-    assert str(caught.value).count("x.yaml: ") == 2
-    assert caught.value.exit_code == 3
+def test_frames_for_an_af_xdp_socket_are_never_merged() -> None:
+    for way in ("auto", "frames"):
+        parse(with_ports(f"switch: ext0, af_xdp: {{}}, delivery: {way}"))
+    with pytest.raises(ConfigError) as caught:
+        parse(with_ports("switch: ext0, af_xdp: {}, delivery: gro"))
+    assert "ports.p0.delivery: gro: must be auto or frames" in str(caught.value)
 
 
 @pytest.mark.parametrize("bridge", ["python", "kernel"])
@@ -846,6 +885,28 @@ def test_what_af_xdp_does_not_go_with(ports: list[str], expected: list[str]) -> 
     assert [str(problem) for problem in caught.value.problems] == expected
 
 
+QUEUES = {
+    "no-nic": (
+        "switch: priv0, device: a, queue: hardware",
+        "ports.p0.queue: hardware: must be auto, software or off: its switch has no NIC",
+    ),
+    "not-its-cpu": (
+        "switch: ext0, device: a, cpu: 1",
+        "ports.p0.cpu: 1: must be of nics.eth1.queues.cpus: 0, 2; or auto, or nic",
+    ),
+}
+
+
+@pytest.mark.parametrize(("port", "expected"), QUEUES.values(), ids=QUEUES)
+def test_what_a_queue_cannot_be(port: str, expected: str) -> None:
+    text = with_ports(f'{port}, mac: "02:15:5d:00:00:01"')
+    text = text.replace("switches:", "switches:\n  priv0: {type: private}", 1)
+    text = text.replace("eth1: {}", "eth1: {queues: {cpus: [0, 2]}}")
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert [str(problem) for problem in caught.value.problems] == [expected]
+
+
 def test_several_hardware_ports_have_a_nic_each() -> None:
     text = with_ports('switch: ext0, mac: "02:15:5d:00:00:01", af_xdp: {mode: hardware, zero_copy: require}')
     assert parse(text).ports["p0"].af_xdp is not None
@@ -857,14 +918,10 @@ def test_with_channels_every_port_has_a_device() -> None:
     assert channel_outer("a-name-of-many-letters") == "a-name-of-m-xsk"
 
 
-def test_vlans_guards_and_auto_are_not_refused_here() -> None:
-    config = parse(with_ports("switch: ext0, device: a, mac: auto, vlan: 10, allow: {mac_spoofing: true}"))
-    assert unsupported(config) == []
-
-
 def test_warnings_are_given_once_each() -> None:
-    config = parse(CONTRACT)
-    assert warnings(config) == ["nics.eth1.queues.rebalance: queues do not move between CPUs in this version"]
+    one = parse(CONTRACT.replace("cpus: [1, 2, 3]", "cpus: [1]"))
+    assert warnings(one) == ["nics.eth1.queues.rebalance: queues.cpus has one CPU, so no queue can move"]
+    assert warnings(parse(CONTRACT)) == []
     assert warnings(parse("version: 1")) == []
 
 

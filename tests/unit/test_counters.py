@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from typing import Any, cast
 
 import pytest
 
 from offload.config import Config
-from offload.kernel import counters
+from offload.kernel import counters, load
 from offload.kernel.counters import Meter
 from offload.kernel.system import System
 from offload.model import PortRecord, PortSlot, StationRow
@@ -51,6 +52,9 @@ class Maps:
     def networks(self) -> dict[int, Any]:
         return {}
 
+    def functions(self) -> dict[int, Any]:
+        return {}
+
     def stations(self) -> dict[tuple[int, str, int], StationRow]:
         return next(self._stations, {})
 
@@ -63,7 +67,7 @@ def lost(
 ) -> list[int]:
     """What a meter says after each reading: first row, second row, whether the threads slept between."""
     slept = iter([asleep for _, _, asleep in readings])
-    monkeypatch.setattr(counters, "_threads", lambda map_ids: map_ids)
+    monkeypatch.setattr(load, "threads", list)
     monkeypatch.setattr(counters, "_all_slept", lambda _: next(slept))
     meter = Meter(cast(System, Maps([each for first, second, _ in readings for each in (first, second)])))
     return [meter.read(NOTHING, DESIRED).lost[0] for _ in readings]
@@ -106,10 +110,19 @@ def test_nothing_new_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(threads)
         return True
 
-    monkeypatch.setattr(counters, "_threads", lambda map_ids: map_ids)
+    monkeypatch.setattr(load, "threads", list)
     monkeypatch.setattr(counters, "_all_slept", all_slept)
     assert [meter.read(NOTHING, DESIRED).lost[0] for _ in range(2)] == [10, 10]
-    assert asked == [{7}]
+    assert asked == [[7]]
+
+
+def test_threads_that_sleep_in_turns_have_all_slept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each needs to be seen asleep once; one that never sleeps is not waited for without end."""
+    seen = {8: [False, True, False], 9: [True, False, False], 10: [False]}
+    looks = {pid: chain(asleep, repeat(False)) for pid, asleep in seen.items()}
+    monkeypatch.setattr(load, "all_asleep", lambda pids: False not in [next(looks[pid]) for pid in pids])
+    assert counters._all_slept([8, 9])
+    assert not counters._all_slept([10])
 
 
 @pytest.mark.parametrize(
@@ -119,6 +132,6 @@ def test_nothing_new_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_view_of_the_threads_a_quiet_while_decides(
     monkeypatch: pytest.MonkeyPatch, later: dict[str, Any], expected: int
 ) -> None:
-    monkeypatch.setattr(counters, "_threads", lambda map_ids: set())
+    monkeypatch.setattr(load, "threads", lambda map_ids: [])
     meter = Meter(cast(System, Maps([row(100, 60), row(100, 60), later, later])))
     assert meter.read(NOTHING, DESIRED).lost[0] == expected

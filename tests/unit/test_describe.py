@@ -18,11 +18,16 @@ from offload.model import (
     Fdb,
     Feature,
     Filter,
+    FunctionAddress,
+    FunctionPort,
+    Functions,
     HostPair,
     Ipv6Disabled,
+    IrqAffinity,
     Master,
     Member,
     MemberRow,
+    NapiAffinity,
     PeerFeature,
     PortRecord,
     PortSlot,
@@ -31,8 +36,11 @@ from offload.model import (
     QueueCpu,
     Route,
     RouteTarget,
+    Spread,
     Station,
+    SteeringRule,
     Uplink,
+    Xps,
 )
 
 MAC = "02:15:5d:00:00:01"
@@ -129,6 +137,38 @@ PAUSED = PortRecord("web1", 2, 3, 0, 0, 1514, 7).as_value()
             "let CPU 3 serve queues of eth1, with a ring of 2048 frames",
         ),
         (Change(QueueCpu("eth1", 2, 3), 2048, None), "take CPU 3 from the queues of eth1"),
+        (Change(Functions("eth1", 2), 0, 7), "make 7 virtual functions of eth1"),
+        (Change(Functions("eth1", 2), 7, 0), "remove the virtual functions of eth1"),
+        (
+            Change(FunctionPort("eth1v0", 5), None, ("eth1", 3, 10, "generic", "ab")),
+            "attach the XDP program on the virtual function eth1v0 (generic mode) for frames of port 3, "
+            "VLAN 10",
+        ),
+        (
+            Change(FunctionPort("eth1v0", 5), ("eth1", 3, 10, "generic", "ab"), None),
+            "take the XDP program off the virtual function eth1v0",
+        ),
+        (
+            Change(FunctionAddress("eth1", 2, 0), None, (MAC, 10)),
+            f"let eth1 sort frames for {MAC}, VLAN 10, into its virtual function 0",
+        ),
+        (
+            Change(FunctionAddress("eth1", 2, 0), (MAC, 10), None),
+            "let eth1 sort nothing into its virtual function 0",
+        ),
+        (
+            Change(SteeringRule("eth1", 2, MAC, 0), None, 3),
+            f"let eth1 sort frames for {MAC} into RX queue 3",
+        ),
+        (Change(SteeringRule("eth1", 2, MAC, 10), 3, None), f"remove the rule of eth1 for {MAC}, VLAN 10"),
+        (
+            Change(Spread("eth1", 2), (0, 1), (0, 0)),
+            "let eth1 spread the other frames over its RX queues 0",
+        ),
+        (Change(IrqAffinity("eth1", 2, 43), "0-3", "2"), "serve interrupt 43 of eth1 on CPU 2"),
+        (Change(NapiAffinity("eth1", 2, 8193), "0-3", "2"), "run the thread of NAPI 8193 of eth1 on CPU 2"),
+        (Change(Xps("eth1", 2, 1), "", "2"), "send what CPU 2 sends to eth1 by TX queue 1"),
+        (Change(Xps("eth1", 2, 1), "2", ""), "let TX queue 1 of eth1 belong to no CPU"),
         (Change(Novelty("eth1", 2), 1, 2), "change Novelty eth1"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",

@@ -16,7 +16,6 @@ from offload.kernel.bypassed import REMEDY, Found, Place
 from offload.kernel.ethtool import Channels
 from offload.kernel.host import Answer
 from offload.kernel.managers import Manager
-from offload.kernel.netdev import XdpFeatures
 from offload.kernel.programs import Program
 from offload.model import Link
 from offload.paths import Paths
@@ -28,10 +27,9 @@ BR0 = dataclasses.replace(ETH1, ifindex=9, name="br0", kind="bridge")
 HEALTHY = Probes(
     host=lambda: {"btf": Answer("yes", "it is there")},
     driver=lambda name: "igb",
-    features=lambda name: {"rx-vlan-hw-parse": (True, False)},
+    capabilities=lambda link: {"native_xdp": Answer("yes", "its driver says so")},
     channels=lambda name: Channels(0, 0, 4, 0, 0, 8),
     peer_channels=lambda link: Channels(4, 4, 0, 4, 4, 0),
-    xdp_features=lambda name, ifindex: XdpFeatures.BASIC | XdpFeatures.REDIRECT | XdpFeatures.RX_SG,
     program=lambda prog_id: Program(prog_id, "drop_all", ()),
     managers=lambda name, ifindex: [],
     bypassed=lambda ports: Found({}, ()),
@@ -100,18 +98,6 @@ VETH = dataclasses.replace(ETH1, kind="veth")
             "could not tell: eth1: gone",
             nic_findings(driver=failing(KernelError("eth1: gone"))),
         ),
-        ("native_xdp", "ok", "longer than a page: yes, AF_XDP zero copy: no", nic_findings()),
-        ("native_xdp", "warn", "no native XDP", nic_findings(xdp_features=lambda *_: XdpFeatures(0))),
-        ("native_xdp", "warn", "no native XDP", nic_findings(xdp_features=lambda *_: XdpFeatures.BASIC)),
-        ("channels", "ok", "4 RX queues of at most 8", nic_findings()),
-        ("tag_stripping", "ok", "switches it off", nic_findings()),
-        ("tag_stripping", "ok", "stay in the frame", nic_findings(features=lambda _: {})),
-        (
-            "tag_stripping",
-            "fail",
-            "hides",
-            nic_findings(features=lambda _: {"rx-vlan-hw-parse": (True, True)}),
-        ),
         ("xdp_program", "ok", "no XDP program", nic_findings()),
         ("xdp_program", "fail", "42 is attached (native) and is not ours: drop_all", nic_findings(ATTACHED)),
         (
@@ -155,6 +141,47 @@ def test_nic_findings(check: str, level: str, told: str, found: dict[str, Findin
     assert found[check].level == level
     assert told in found[check].message
     assert bool(found[check].remedy) == (level == "fail") or level == "warn"
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "level", "message", "remedy"),
+    [
+        pytest.param(
+            *("native_xdp", Answer("yes", "its driver says so"), "ok"),
+            *("native XDP: yes: its driver says so", ""),
+            id="yes",
+        ),
+        pytest.param(
+            *("native_xdp", Answer("no", "its driver has none", "generic"), "warn"),
+            *("native XDP: no: its driver has none", "generic"),
+            id="slower-without",
+        ),
+        pytest.param(
+            *("vlan_in_frame", Answer("no", "it is fixed", "another NIC"), "fail"),
+            *("VLAN tags in the frame: no: it is fixed", "another NIC"),
+            id="needed",
+        ),
+        pytest.param(
+            *("sriov", Answer("no", "none here", "the firmware"), "ok", "SR-IOV: no: none here", ""),
+            id="not-needed",
+        ),
+        pytest.param(
+            *("steering_rules", Answer("unknown", "only a trial tells", "--probe"), "warn"),
+            *("steering rules by MAC: could not tell: only a trial tells", "--probe"),
+            id="could-be-told",
+        ),
+        pytest.param(
+            *("xdp_mtu", Answer("unknown", "only a program tells"), "ok"),
+            *("native XDP with its MTU: could not tell: only a program tells", ""),
+            id="cannot-be-told",
+        ),
+    ],
+)
+def test_capabilities_by_how_much_they_are_needed(
+    name: str, answer: Answer, level: str, message: str, remedy: str
+) -> None:
+    found = nic_findings(capabilities=lambda link: {name: answer})[name]
+    assert (found.level, found.message, found.remedy) == (level, message, remedy)
 
 
 def test_only_a_veth_has_a_peer() -> None:

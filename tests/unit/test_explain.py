@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from scapy.all import IP, UDP, Dot1AD, Dot1Q, Ether, ICMPv6ND_RA, IPv6  # type: ignore[attr-defined]
 
 from offload.cli import main
-from offload.explain import MADE_UP, Kind, Owner, Sample, Scene, Step, answer, vlan_action
+from offload.explain import MADE_UP, Kind, Owner, Sample, Scene, Step, answer, sorted_by, vlan_action
+from offload.hardware import Function, Rule
 from offload.model import MemberRow, NetworkRow, PortRecord
 from offload.plan import BYPASS, RUNNING
 from tests.unit.fake_service import FakeService, served
@@ -36,9 +37,17 @@ def sent(counter: str) -> Step:
     return Step("sent", "db1", "redirect", counter, "db1")
 
 
+def at_function(counter: str, port: str | None = None) -> Step:
+    return Step("function", "eth1v0", "pass" if counter == "passed" else "drop", counter, port)
+
+
+VF = Function(0, DST, 0, "eth1v0", 9)
+STRAYED = Step("strayed", "eth1v0", "redirect", None)
 QUEUED = uplink("queued")
 HANDED = Step("queue", "eth1", "redirect", "handed", "web1")
 TO_BRIDGE = Step("wire", "eth1", "pass", "tx_bridge", "uplink:eth1")
+LEFT_TO_GRO = Step("uplink", "eth1", "pass", "left", "web1")
+TO_PORT = Step("wire", "eth1", "redirect", "tx_local", "uplink:eth1")
 LOCAL = Step("guard", "web1", "pass", "local", "web1")
 CHANNEL = Step("channel", "web1", "redirect", "handed", "web1")
 NO_CONSUMER = Step("channel", "web1", "drop", "no_consumer", "web1")
@@ -62,6 +71,100 @@ FROM_WIRE = {
         {"target": replace(RECORD, cpu=None)},
         "queue",
         "on the CPU of the NIC's RX queue",
+    ),
+    "rule": (
+        (QUEUED, HANDED),
+        {"by_nic": Rule(5, DST, None, 6)},
+        "queue",
+        "a rule in eth1 gives 02:15:5d:00:00:01 untagged to RX queue 6; a filter on eth1 gives "
+        "02:15:5d:00:00:01 untagged to port web1: its queue is served by CPU 2",
+    ),
+    "rule-bridge": (
+        missed("paused"),
+        {"by_nic": Rule(5, DST, None, 6)},
+        "bridge",
+        "to RX queue 6; port web1 takes nothing from its queue just now",
+    ),
+    "function": (
+        (at_function("direct", "web1"),),
+        {"by_nic": VF},
+        "queue",
+        "eth1 gives 02:15:5d:00:00:01 untagged to its virtual function eth1v0, as read back; a filter on "
+        "eth1 gives 02:15:5d:00:00:01 untagged to port web1: its queue is served by CPU 2",
+    ),
+    "function-channel": (
+        (at_function("direct", "web1"), CHANNEL),
+        {"by_nic": VF},
+        "af_xdp",
+        "as read back; a filter on eth1 gives 02:15:5d:00:00:01 untagged to port web1, whose consumer has a",
+    ),
+    "function-vlan": (
+        (at_function("vlan_nic", "web1"),),
+        {"by_nic": VF},
+        "drop",
+        "eth1v0, as read back; port web1 must not get",
+    ),
+    "function-nobody": (
+        (at_function("stranger"),),
+        {"by_nic": VF},
+        "drop",
+        "as read back; eth1v0 delivers to nobody just now",
+    ),
+    "function-another's": (
+        (at_function("stranger"),),
+        {"by_nic": VF, "served": "web2"},
+        "drop",
+        "eth1v0 delivers to port web2, and drops what is for anybody else",
+    ),
+    "function-expected": (
+        (at_function("stranger"),),
+        {"by_nic": VF, "served": "web1", "owner": replace(OWNER, state="expected")},
+        "drop",
+        "eth1v0 drops what no filter on eth1 has, as nothing was heard from port web1 yet",
+    ),
+    "function-down": ((Step("function", "eth1v0", "drop", None),), {"by_nic": VF}, "drop", "eth1v0 is down"),
+    "function-paused": (
+        (at_function("passed"), STRAYED, TO_BRIDGE),
+        {"by_nic": VF, "owner": changed(flags=0)},
+        "bridge",
+        "as read back; port web1 takes nothing from its queue just now: its device, or the other end, is "
+        "down: it goes to the bridge of ext0",
+    ),
+    "function-away": (
+        (at_function("passed"), STRAYED, TO_BRIDGE),
+        {"by_nic": VF, "owner": changed(flags=0, ifindex=0)},
+        "bridge",
+        "the device of port web1 is away: it goes to",
+    ),
+    "function-too-big": (
+        (at_function("passed"), STRAYED, TO_BRIDGE),
+        {"by_nic": VF, "owner": changed(max_len=59)},
+        "bridge",
+        "60 bytes are more than the MTU of port web1 has room for (59 bytes)",
+    ),
+    "function-otherwise": (
+        (at_function("passed"), STRAYED, TO_BRIDGE),
+        {"by_nic": VF},
+        "bridge",
+        "port web1 could not be handed it (passed)",
+    ),
+    "function-strayed-nobody": (
+        (at_function("passed"), replace(STRAYED, verdict="drop")),
+        {"by_nic": VF, "owner": None},
+        "drop",
+        "no port of ext0 has 02:15:5d:00:00:01 untagged, so that eth1v0 drops it",
+    ),
+    "function-broadcast": (
+        (at_function("group"), replace(at_function("group"), device="eth1v1"), *missed("broadcast")),
+        {},
+        "bridge",
+        "a broadcast is for many, and eth1v0 and eth1v1 may have it too and drop theirs: it goes to the",
+    ),
+    "merged": (
+        (LEFT_TO_GRO, TO_PORT, replace(LOCAL, counter="merged")),
+        {},
+        "queue",
+        "which has it merged with its neighbours first (GRO), on the CPU of the RX queue of eth1",
     ),
     "socket": ((uplink("socket"),), {"rx_queue": 3}, "af_xdp", "a socket on RX queue 3 of eth1"),
     "channel": ((QUEUED, HANDED, CHANNEL), {}, "af_xdp", "at its software channel"),
@@ -258,6 +361,41 @@ def test_who_gets_it_and_by_which_queue() -> None:
     view = answer(replace(FRAME, vids=(10,)), FRAME, (QUEUED, HANDED), WIRE)
     assert (view.port, view.queue, view.cpu, view.vlan_action) == ("web1", 3, 2, "strip")
     assert [step.counter for step in view.steps] == ["queued", "handed"]
+
+
+@pytest.mark.parametrize(
+    ("vids", "told"),
+    [
+        pytest.param((10,), "eth1v0 delivers to port web2, and drops", id="another's"),
+        pytest.param((10, 20), "port web2 must not get a second tag behind VID 10: 802.1ad", id="stacked"),
+    ],
+)
+def test_the_vlan_rests_on_the_hardware(vids: tuple[int, ...], told: str) -> None:
+    scene = replace(WIRE, by_nic=replace(VF, vid=10), served="web2")
+    view = answer(replace(FRAME, vids=vids), FRAME, (at_function("stranger"),), scene)
+    hardware = (
+        f"eth1 gives {DST} in VLAN 10 to its virtual function eth1v0 and strips the tag, so that the VLAN "
+        "rests on the hardware: it was read back as 10; "
+    )
+    assert (view.verdict, view.reason.startswith(hardware + told)) == ("drop", True)
+
+
+@pytest.mark.parametrize(
+    ("vids", "service", "found"),
+    [
+        pytest.param((), False, 1, id="untagged"),
+        pytest.param((0,), False, 1, id="priority-tagged"),
+        pytest.param((10,), False, 0, id="vlan"),
+        pytest.param((10,), True, 1, id="no-tag-to-a-nic"),
+        pytest.param((11,), False, 3, id="any-vlan"),
+        pytest.param((12,), False, 2, id="rule-of-a-vlan"),
+    ],
+)
+def test_what_a_nic_sorts_by_itself(vids: tuple[int, ...], service: bool, found: int) -> None:
+    """A rule that names no VLAN takes what nothing before it did."""
+    sorting = (replace(VF, vid=10), VF, Rule(1, DST, 12, 2), Rule(2, DST, None, 3), Rule(3, SRC, None, 4))
+    assert sorted_by(replace(FRAME, vids=vids, service=service), sorting) is sorting[found]
+    assert sorted_by(replace(FRAME, dst=BROADCAST), sorting) is None
 
 
 def test_a_socket_on_the_nic_has_no_cpu_of_the_queue() -> None:

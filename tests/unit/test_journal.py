@@ -50,6 +50,15 @@ def test_every_value_comes_back_equal_and_of_its_type(before: Value, path: Path)
     assert repr(Journal(path, ERA).originals()[GRO]) == repr(before)
 
 
+def test_settings_of_a_device_are_found(path: Path) -> None:
+    journal = Journal(path, ERA)
+    other = Promiscuous("eth2", 4)
+    journal.record_all({GRO: True, other: False, STRIP: True})
+    journal.forget([STRIP])
+    assert journal.originals_of([3]) == Journal(path, ERA).originals_of([3, 9]) == {GRO: True}
+    assert journal.originals_of([3, 4]) == {GRO: True, other: False}
+
+
 def test_first_value_wins(path: Path) -> None:
     journal = Journal(path, ERA)
     journal.record(GRO, True)

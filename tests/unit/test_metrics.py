@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from offload.errors import UsageError
 from offload.metrics import BUCKETS, Durations, MetricsServer, Scrape, Source, register, serve_metrics
 from offload.views import AfXdp, AfXdpChannel, NicView, PortView, QueueView, SwitchView
-from tests.unit.fake_service import DB1, LAB, NIC, QUEUES, SWITCH, WEB1
+from tests.unit.fake_service import DB1, HARDWARE, LAB, NIC, QUEUES, SWITCH, WEB1
 
 GOLDEN = """\
 # HELP offload_port_packets_total Frames of a port by path; \
@@ -75,6 +75,9 @@ offload_queue_bytes_total{nic="eth1",queue="1"} 64256.0
 offload_queue_drops_total{nic="eth1",queue="0",reason="vlan"} 6.0
 offload_queue_drops_total{nic="eth1",queue="1",reason="ring_full"} 4.0
 offload_queue_drops_total{nic="eth1",queue="1",reason="vlan"} 0.0
+# HELP offload_queue_not_taken_packets_total Frames that came to a hardware queue \
+and went the default path instead, by reason: group (the NIC itself had them too), passed.
+# TYPE offload_queue_not_taken_packets_total counter
 # HELP offload_queue_info What a queue is: default, hardware or software.
 # TYPE offload_queue_info gauge
 offload_queue_info{kind="default",nic="eth1",queue="0"} 1.0
@@ -89,11 +92,13 @@ offload_queue_state{nic="eth1",queue="0",state="allocated"} 0.0
 offload_queue_state{nic="eth1",queue="0",state="set"} 0.0
 offload_queue_state{nic="eth1",queue="0",state="running"} 1.0
 offload_queue_state{nic="eth1",queue="0",state="paused"} 0.0
+offload_queue_state{nic="eth1",queue="0",state="freed"} 0.0
 offload_queue_state{nic="eth1",queue="1",state="undefined"} 0.0
 offload_queue_state{nic="eth1",queue="1",state="allocated"} 0.0
 offload_queue_state{nic="eth1",queue="1",state="set"} 0.0
 offload_queue_state{nic="eth1",queue="1",state="running"} 1.0
 offload_queue_state{nic="eth1",queue="1",state="paused"} 0.0
+offload_queue_state{nic="eth1",queue="1",state="freed"} 0.0
 # HELP offload_default_queue_packets_total Frames that went to the default queue, by reason.
 # TYPE offload_default_queue_packets_total counter
 offload_default_queue_packets_total{nic="eth1",reason="miss"} 12.0
@@ -299,6 +304,24 @@ def test_the_channels_of_an_af_xdp_port() -> None:
         f'offload_xsk_lost_packets_total{{{on},ring="rx",switch="ext0"}} 3.0',
         f'offload_xsk_lost_packets_total{{{on},ring="fill",switch="ext0"}} 2.0',
     }
+
+
+def test_a_hardware_queue() -> None:
+    text = generate_latest(registry_of(FakeSource(queues=HARDWARE[1:2]))).decode()
+    on = 'nic="eth1",queue="1"'
+    told = [line for line in text.splitlines() if line.startswith("offload_queue_")]
+    assert {
+        f'offload_queue_info{{kind="hardware",{on}}} 1.0',
+        f"offload_queue_cpu{{{on}}} 3.0",
+        f'offload_queue_drops_total{{{on},reason="stranger"}} 2.0',
+        f'offload_queue_not_taken_packets_total{{{on},reason="group"}} 7.0',
+        f'offload_queue_not_taken_packets_total{{{on},reason="passed"}} 1.0',
+    } <= {*told}
+    states = [line for line in told if line.startswith("offload_queue_state")]
+    assert len(states) == 6
+    assert [line for line in states if line.endswith(" 1.0")] == [
+        f'offload_queue_state{{{on},state="paused"}} 1.0'
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,9 @@ from offload.model import (
 from offload.plan import (
     BYPASS,
     FRAGS_POSSIBLE,
+    GRO,
+    GRO_TCP,
+    MERGING,
     NAPI,
     NO_FRAGS,
     RING_SIZE,
@@ -131,6 +134,7 @@ def test_a_port_with_a_queue_is_all_of_this() -> None:
         PortSlot(1): ("uplink:eth1", 0, None, 0, BYPASS, 1514, 2),
         Uplink("eth1", 2): ("native", "d1"),
         Feature("eth1", 2, "rx-vlan-hw-parse"): False,
+        Feature("eth1", 2, MERGING): True,
         QueueCpu("eth1", 2, 0): RING_SIZE,
         Ipv6Disabled("web1", 3): True,
         Station(0, MAC, 0): (0, 3, "here"),
@@ -549,10 +553,10 @@ def test_vlans_on_a_bridge_that_filters_none_are_refused() -> None:
 
 
 def test_a_cpu_that_is_not_online_is_named() -> None:
-    desired = desire(config(port="switch: ext0, cpu: 5,", queues="{eth1: {queues: {cpus: [0, 9]}}}"), FACTS)
+    desired = desire(config(port="switch: ext0, cpu: 9,", queues="{eth1: {queues: {cpus: [0, 9]}}}"), FACTS)
     assert str(desired.refusals[0]).splitlines() == [
         "config: nics.eth1.queues.cpus[1]: 9: a CPU that is online: 0, 1",
-        "config: ports.web1.cpu: 5: a CPU that is online: 0, 1",
+        "config: ports.web1.cpu: 9: a CPU that is online: 0, 1",
     ]
 
 
@@ -694,3 +698,60 @@ def test_detach_leaves_the_bridge_forwarding_all_of_it() -> None:
     assert isinstance(value, tuple)
     assert not PortRecord.of(value).flags & RUNNING
     assert left[Member("web1", 3)] == MemberRow(0, 0, "port").as_value("s1")
+
+
+# Delivery
+
+
+def held_with(flags: int) -> dict[str, tuple[int, PortRecord]]:
+    return {"web1": (0, PortRecord("web1", 1, 0, 0, RUNNING | BYPASS | flags, 1514, 3))}
+
+
+@pytest.mark.parametrize(
+    ("delivery", "changes", "flags", "shown", "adapts"),
+    [
+        pytest.param("auto", {}, 0, "frames", True, id="auto-begins-with-frames"),
+        pytest.param("auto", {"merging": {"web1": True}}, GRO_TCP, "tcp", True, id="auto-tcp-from-now-on"),
+        pytest.param("auto", {"held": held_with(GRO_TCP)}, GRO_TCP, "tcp", True, id="auto-goes-on-as-it-was"),
+        pytest.param(
+            "auto",
+            {"held": held_with(GRO_TCP), "merging": {"web1": False}},
+            0,
+            "frames",
+            True,
+            id="auto-frames-from-now-on",
+        ),
+        pytest.param("auto", {"held": held_with(GRO)}, 0, "frames", True, id="auto-after-gro"),
+        pytest.param("gro", {}, GRO, "gro", False, id="gro"),
+        pytest.param("frames", {"held": held_with(GRO_TCP)}, 0, "frames", False, id="frames"),
+    ],
+)
+def test_which_frames_are_merged(
+    delivery: str, changes: dict[str, Any], flags: int, shown: str, adapts: bool
+) -> None:
+    desired = desire(config(port=f"switch: ext0, delivery: {delivery},"), facts(**changes))
+    assert record(desired).flags & (GRO | GRO_TCP) == flags
+    port = desired.ports["web1"]
+    assert (port.delivery, port.adapts, port.reason) == (shown, adapts, None)
+    assert desired.state[Feature("eth1", 2, MERGING)] is True
+
+
+@pytest.mark.parametrize("delivery", ["gro", "auto"])
+def test_generic_xdp_merges_nothing(delivery: str) -> None:
+    """Whoever asked for it is told; nothing is tried."""
+    asked = config(port=f"switch: ext0, delivery: {delivery},", queues="{eth1: {xdp_mode: generic}}")
+    desired = desire(asked, facts(merging={"web1": True}))
+    decided = desired.ports["web1"]
+    assert not record(desired).flags & (GRO | GRO_TCP)
+    assert (decided.delivery, decided.adapts) == ("frames", False)
+    assert Feature("eth1", 2, MERGING) not in desired.state
+    if delivery == "gro":
+        assert (decided.reason or "").startswith("delivery: frames: eth1 has XDP in generic mode")
+    else:
+        assert decided.reason is None
+
+
+def test_a_port_that_does_not_run_has_nothing_merged() -> None:
+    desired = desire(config(port="switch: ext0, delivery: gro, queue: 'off',"), FACTS)
+    assert not record(desired).flags & (GRO | GRO_TCP)
+    assert (desired.ports["web1"].delivery, desired.ports["web1"].adapts) == (None, False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from offload.model import (
     Bridge,
     BridgePort,
     Change,
+    Ipv6Disabled,
     Master,
     Member,
     Promiscuous,
@@ -45,6 +47,8 @@ class DictKernel:
         self.breaks: Resource | None = None
         self.deaf: Resource | None = None
         self.done: list[Change] = []
+        self.looks: list[str] = []
+        self.doubtful: set[str] = set()
 
     def facts(
         self,
@@ -55,6 +59,7 @@ class DictKernel:
         failed: Mapping[str, str] | None = None,
         may_take: bool = False,
     ) -> Facts:
+        self.looks.append("whole")
         return Facts(
             links=FACTS.links,
             online_cpus=(0,),
@@ -63,10 +68,31 @@ class DictKernel:
             own=frozenset(resource.name for resource in self.state if isinstance(resource, Bridge)),
             peers=FACTS.peers,
             failed=failed or {},
+            networks={"ext0": 0},
         )
 
     def observe(self, facts: Facts, wanted: State, originals: State) -> dict[Resource, Value]:
         return {resource: value for resource, value in self.state.items() if value is not None}
+
+    def facts_again(
+        self,
+        facts: Facts,
+        devices: Collection[str],
+        *,
+        unless: Collection[str],
+        ids: Mapping[str, int],
+        stations: Iterable[tuple[int, str, int]],
+    ) -> Facts | None:
+        if self.doubtful.intersection({*devices, *unless}):
+            return None
+        self.looks.append(f"{sorted(devices)} {ids} {len([*stations])}")
+        return facts
+
+    def observe_again(self, facts: Facts, asked: Iterable[Resource]) -> dict[Resource, Value]:
+        return {resource: self.state[resource] for resource in asked if resource in self.state}
+
+    def hurry(self, changes: Collection[Change]) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
 
     def execute(self, change: Change) -> None:
         if change.resource == self.breaks and change.after is not None:
@@ -264,3 +290,167 @@ def test_refusals_come_before_any_change(kernel: DictKernel, journal: Journal) -
     with pytest.raises(OffloadError, match="CPU"):
         Reconciler(kernel, journal).apply(config(port="switch: ext0, cpu: 5,"), strict=True)
     assert kernel.done == []
+
+
+GUARD = "switch: ext0, allow: {dhcp_server: true},"
+
+
+def at_rest(kernel: DictKernel, journal: Journal) -> Reconciler:
+    reconciler = Reconciler(kernel, journal)
+    reconciler.apply(config(), strict=True)
+    kernel.looks.clear()
+    kernel.done.clear()
+    return reconciler
+
+
+def test_a_change_of_one_port_looks_at_that_port_before_and_after(
+    kernel: DictKernel, journal: Journal
+) -> None:
+    reconciler = at_rest(kernel, journal)
+    result = reconciler.apply(config(port=GUARD), strict=True, news=())
+    assert kernel.looks == ["['web1'] {'web1': 0} 1"] * 2
+    assert [change.resource for change in kernel.done] == [Member("web1", 3)]
+    assert result.desired.state.items() <= kernel.state.items()
+    assert reconciler.apply(config(), strict=True, news=()).changes, "what is known goes along with changes"
+    assert "whole" not in kernel.looks
+
+
+def test_after_a_look_at_everything_what_was_changed_is_looked_at_again(
+    kernel: DictKernel, journal: Journal
+) -> None:
+    reconciler = at_rest(kernel, journal)
+    result = reconciler.apply(config(port=GUARD), strict=True)
+    assert kernel.looks == ["whole", "['web1'] {'web1': 0} 1"]
+    assert result.ports is None
+    assert result.desired.state.items() <= kernel.state.items()
+    assert reconciler.apply(config(port=GUARD), strict=True, news=()).ports == set()
+    kernel.deaf = Member("web1", 3)
+    with pytest.raises(VerifyError, match="Member"):
+        reconciler.apply(config(), strict=True)
+    kernel.looks.clear()
+    kernel.state[Promiscuous("eth1", 2)] = False
+    reconciler.apply(config(port=GUARD), strict=True)
+    assert kernel.looks == ["whole"] * 2
+
+
+def test_a_queue_that_moves_is_looked_at_alone(kernel: DictKernel, journal: Journal) -> None:
+    reconciler = at_rest(kernel, journal)
+    result = reconciler.apply(config(), strict=False, news=(), moved={"web1": 1})
+    assert kernel.looks == ["['web1'] {'web1': 0} 1"]
+    assert (result.changes, result.facts.moved) == ((), {"web1": 1})
+    result = reconciler.apply(config(), strict=False, news=(), merging={"web1": True})
+    assert (result.facts.moved, result.facts.merging) == ({}, {"web1": True})
+    assert "whole" not in kernel.looks
+
+
+def test_what_somebody_did_to_a_device_is_found_with_the_news_of_it(
+    kernel: DictKernel, journal: Journal
+) -> None:
+    reconciler = at_rest(kernel, journal)
+    kernel.state[Master("web1", 3)] = "br0"
+    assert not reconciler.apply(config(), strict=False, news=()).changes
+    result = reconciler.apply(config(), strict=False, news={"web1"})
+    assert result.changes[0] == Change(Master("web1", 3), "br0", "ext0")
+    assert "whole" not in kernel.looks
+
+
+def test_a_step_that_fails_on_what_was_known_is_tried_on_a_look_at_everything(
+    kernel: DictKernel, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bridge that somebody deletes takes its devices out first: no port is left out for that."""
+    reconciler = at_rest(kernel, journal)
+    del kernel.state[Master("web1", 3)]
+    execute = kernel.execute
+
+    def fails_at_first(change: Change) -> None:
+        if "whole" not in kernel.looks:
+            raise KernelError("there is no device ext0 any more")
+        execute(change)
+
+    monkeypatch.setattr(kernel, "execute", fails_at_first)
+    assert reconciler.apply(config(), strict=False, news={"web1"}).failed == {}
+    assert kernel.state[Master("web1", 3)] == "ext0"
+
+
+def test_a_port_is_read_back(kernel: DictKernel, journal: Journal) -> None:
+    reconciler = at_rest(kernel, journal)
+    kernel.deaf = Member("web1", 3)
+    with pytest.raises(VerifyError, match="Member"):
+        reconciler.apply(config(port=GUARD), strict=True, news=())
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        pytest.param({"news": None}, config(port=GUARD), id="whatever may be new"),
+        pytest.param({"news": {"eth1"}}, config(port=GUARD), id="news of a NIC"),
+        pytest.param({"news": {"docker0"}}, config(port=GUARD), id="another device is not as it was"),
+        pytest.param({"news": {"web1"}}, config(), id="the port's device has gone"),
+        pytest.param({"news": (), "detached": True}, config(), id="detached"),
+        pytest.param({"news": ()}, config(queues="{eth1: {xdp_mode: generic}}"), id="another NIC's setting"),
+        pytest.param({"news": ()}, config(port="switch: ext0, vlan: 7,"), id="the switch is another"),
+    ],
+)
+def test_everything_is_looked_at(
+    kernel: DictKernel, journal: Journal, options: dict[str, Any], changed: Config
+) -> None:
+    reconciler = at_rest(kernel, journal)
+    kernel.doubtful = {"docker0"} | ({"web1"} if changed == config() else set())
+    with contextlib.suppress(OffloadError):  # a dict is no NIC that changes its mode
+        reconciler.apply(changed, strict=True, **options)
+    assert "whole" in kernel.looks
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        pytest.param(lambda reconciler: reconciler.take_out(config(), everything=True), id="taken out"),
+        pytest.param(
+            lambda reconciler: reconciler.apply(config(port=GUARD), strict=True, news=()), id="failed"
+        ),
+    ],
+)
+def test_nothing_is_known_after(
+    kernel: DictKernel, journal: Journal, trouble: Callable[[Reconciler], object]
+) -> None:
+    reconciler = at_rest(kernel, journal)
+    kernel.breaks = Member("web1", 3)
+    with contextlib.suppress(KernelError):
+        trouble(reconciler)
+    kernel.breaks = None
+    kernel.looks.clear()
+    reconciler.apply(config(), strict=True, news=())
+    assert "whole" in kernel.looks
+
+
+def test_a_port_that_goes_gets_its_settings_back(kernel: DictKernel, journal: Journal) -> None:
+    kernel.state[Ipv6Disabled("web1", 3)] = False
+    base, _, web1 = CONFIG.partition("ports: {")
+    both = parse(f"{base}ports: {{web2: {{switch: ext0, device: web2, mac: '02:15:5d:00:00:02'}}, {web1}")
+    reconciler = Reconciler(kernel, journal)
+    reconciler.apply(both, strict=True)
+    assert kernel.state[Ipv6Disabled("web1", 3)] is True
+    kernel.looks.clear()
+    without = parse(f"{base}ports: {{web2: {{switch: ext0, device: web2, mac: '02:15:5d:00:00:02'}}}}")
+    reconciler.apply(without, strict=True, news=())
+    assert "whole" not in kernel.looks
+    assert kernel.state[Ipv6Disabled("web1", 3)] is False
+    assert Master("web1", 3) not in kernel.state
+
+
+def test_many_ports_are_not_looked_at_one_by_one(kernel: DictKernel, journal: Journal) -> None:
+    reconciler = at_rest(kernel, journal)
+    ports = "".join(
+        f"  new{at}: {{switch: ext0, device: new{at}, mac: '02:15:5d:00:01:{at:02x}'}}\n" for at in range(40)
+    )
+    many = parse(CONFIG.partition("ports:")[0] + "ports:\n" + ports)
+    reconciler.apply(many, strict=True, news=())
+    assert "whole" in kernel.looks
+
+
+def test_a_plan_looks_at_everything_and_forgets_nothing(kernel: DictKernel, journal: Journal) -> None:
+    reconciler = at_rest(kernel, journal)
+    assert reconciler.plan(config(port=GUARD)).changes
+    assert (kernel.looks, kernel.done) == (["whole"], [])
+    reconciler.apply(config(port=GUARD), strict=True, news=())
+    assert kernel.looks.count("whole") == 1

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from offload.bridge.state import BridgeState, ExtensionState, MemberState, Restarts
-from offload.config import parse
-from offload.model import Link, StationRow, StationState
+from offload.config import QueuesConfig, parse
+from offload.hardware import Hardware, Rule
+from offload.kernel.host import Answer
+from offload.model import Filter, Link, MemberRow, StationRow, StationState
 from offload.plan import Desired, PortDecision
+from offload.queues import Queue
 from offload.report import (
     HeardAddress,
     Reading,
@@ -22,7 +26,18 @@ from offload.report import (
     silent_bridge,
     views,
 )
-from offload.views import NetworkView, PortView, StationView, SwitchView
+from offload.steering import Nic
+from offload.views import (
+    CapabilityView,
+    HardwareQueues,
+    NetworkView,
+    PortQueue,
+    PortView,
+    QueueFilter,
+    QueueView,
+    StationView,
+    SwitchView,
+)
 
 MAC = "02:15:5d:00:00:01"
 CONFIG = parse("""
@@ -46,6 +61,7 @@ DESIRED = Desired(
     },
     nic_problems={"eth1": ()},
     refusals=(),
+    shares={name: {} for name in CONFIG.ports},
 )
 WEB1_LINK = Link(7, "web1", "veth", "02:aa:00:00:00:07", 1500, True, True, False, None, 3, "ext0", 4, 4)
 PATHS = (
@@ -54,6 +70,8 @@ PATHS = (
     "queued",
     "handed",
     "returned",
+    "left",
+    "merged",
     "bridged",
     "local",
     "tx_local",
@@ -91,10 +109,20 @@ def packets(counted: dict[Any, Any]) -> dict[str, int]:
 
 
 def test_a_port_s_paths_come_from_its_row() -> None:
-    counted = row(direct=1, handed=2, bridged=4, local=8, tx_local=16, tx_direct=32, tx_bridge=64)
+    counted = row(
+        direct=1,
+        handed=2,
+        merged=128,
+        left=999,
+        bridged=4,
+        local=8,
+        tx_local=16,
+        tx_direct=32,
+        tx_bridge=64,
+    )
     link = replace(WEB1_LINK, rx_packets=999, rx_bytes=999)
     counters = port("web1", ports={0: counted}, links={"web1": link}).counters
-    assert packets(dict(counters.rx)) == {"queue": 3, "local": 8, "bridge": 4}
+    assert packets(dict(counters.rx)) == {"queue": 3, "gro": 128, "local": 8, "bridge": 4}
     assert packets(dict(counters.tx)) == {"local": 16, "direct": 32, "bridge": 64}
     assert counters.drops == {}
 
@@ -125,6 +153,114 @@ def test_drops_are_told_by_reason() -> None:
 def test_the_default_queue_drops_what_the_wire_may_not_say() -> None:
     queue, *_ = shown(ports={5: row(vlan_sent=3, tx_bridge=9)}).queues
     assert (queue.id, queue.drops, queue.drops_by_reason) == (0, 3, {"vlan": 3})
+
+
+def queue_of_web1(queue: Queue, **decided: Any) -> tuple[QueueView, PortView]:
+    """Queue and port of web1; frames have come to it by XDP, and to virtual function eth1v0."""
+    decision = PortDecision("web1", 0, "active", "queue", "eth1", queue, None, False, **decided)
+    desired = replace(
+        DESIRED,
+        ports={**DESIRED.ports, "web1": decision},
+        shares={**DESIRED.shares, "web1": {Filter("eth1", 4, MAC, 10): 0}},
+    )
+    function = {
+        name: {"packets": n, "bytes": 60 * n} for n, name in enumerate(("group", "stranger", "passed"), 7)
+    }
+    reading = Reading(ids=IDS, ports={0: row(direct=1, queued=2)}, functions={"eth1v0": function})
+    shown = views(CONFIG, desired, reading, {}, {("eth1", 3): MOMENT})
+    _, queue_view = shown.queues
+    return queue_view, shown.ports[0]
+
+
+MOMENT = datetime(2024, 5, 17, 12, 30, tzinfo=UTC)
+PLACE = ("kind", "state", "device", "rx_queue", "standing", "vlan_by")
+LOST = {"ring_full": 0, "vlan": 0}
+
+
+@pytest.mark.parametrize(
+    ("slot", "decided", "place"),
+    [
+        pytest.param(None, {}, ("software", "running", None, None, None, "xdp"), id="software"),
+        pytest.param(
+            5,
+            {"rx_queue": 5, "queue_standing": True},
+            ("hardware", "running", None, 5, True, "xdp"),
+            id="rule",
+        ),
+        pytest.param(5, {"rx_queue": 6}, ("hardware", "set", None, 6, False, "xdp"), id="rule-elsewhere"),
+        pytest.param(5, {}, ("hardware", "set", None, None, False, "xdp"), id="still-to-come"),
+        pytest.param(
+            1,
+            {"queue_device": "eth1v0", "queue_standing": True},
+            ("hardware", "running", "eth1v0", None, True, "nic"),
+            id="function",
+        ),
+    ],
+)
+def test_what_a_queue_is_and_where(
+    slot: int | None, decided: dict[str, Any], place: tuple[object, ...]
+) -> None:
+    queue, its_port = queue_of_web1(Queue(3, 2, slot), **decided)
+    assert tuple(getattr(queue, key) for key in PLACE) == place
+    assert (queue.id, queue.cpu, queue.since, queue.packets) == (3, 2, MOMENT, 3)
+    assert queue.filters == [QueueFilter(mac=MAC, vlan=10)]
+    assert its_port.queue == PortQueue(
+        id=3, kind="software" if slot is None else "hardware", cpu=2, state=queue.state
+    )
+
+
+def test_what_a_virtual_function_did_not_take_is_no_loss() -> None:
+    queue, _ = queue_of_web1(Queue(3, 2, 1), queue_device="eth1v0", queue_standing=True)
+    assert (queue.drops, queue.drops_by_reason) == (8, LOST | {"stranger": 8})
+    assert queue.not_taken == {"group": 7, "passed": 9}
+    software, _ = queue_of_web1(Queue(3, 2))
+    assert (software.drops, software.drops_by_reason, software.not_taken) == (0, LOST, {})
+
+
+def uplink(hardware: Hardware) -> Nic:
+    return Nic(
+        link=replace(WEB1_LINK, name="eth1", ifindex=4),
+        hardware=hardware,
+        settings=QueuesConfig(),
+        own=frozenset(),
+        member=MemberRow(5, 1, "function"),
+        digests=("", ""),
+    )
+
+
+@pytest.mark.parametrize(
+    ("hardware", "told"),
+    [
+        pytest.param(
+            Hardware("rules", rx_queues=4, rules=(Rule(0, "", None, 3),)),
+            HardwareQueues(how="rules", total=2, in_use=1, why=None),
+            id="rules-beside-those-of-others",
+        ),
+        pytest.param(
+            Hardware("functions", rx_queues=4, total_functions=7),
+            HardwareQueues(how="functions", total=7, in_use=1, why=None),
+            id="functions",
+        ),
+        pytest.param(
+            Hardware(None, "it has none", rx_queues=4),
+            HardwareQueues(how=None, total=0, in_use=0, why="it has none"),
+            id="none",
+        ),
+    ],
+)
+def test_hardware_queues_of_a_nic(hardware: Hardware, told: HardwareQueues) -> None:
+    queues = {"web1": Queue(1, 0, 2 if hardware.how else None), "web2": Queue(2, 0), "db1": None}
+    ports = {name: replace(DESIRED.ports[name], nic="eth1", queue=queue) for name, queue in queues.items()}
+    desired = replace(DESIRED, ports={**DESIRED.ports, **ports}, nics={"eth1": uplink(hardware)})
+    [nic] = views(CONFIG, desired, Reading(ids=IDS, ports={0: row()}), {}).nics
+    assert (nic.rx_queues, nic.hardware_queues) == (4, told)
+
+
+def test_what_a_nic_answered_is_shown() -> None:
+    answers = {"eth1": {"sriov": Answer("no", "none here", "the firmware")}}
+    [nic] = shown(capabilities=answers, numa_nodes={"eth1": 1}).nics
+    assert nic.capabilities == {"sriov": CapabilityView(state="no", why="none here", remedy="the firmware")}
+    assert (nic.numa_node, nic.rx_queues, nic.hardware_queues) == (1, None, None)
 
 
 def test_what_was_asked_is_shown_beside_what_is() -> None:

@@ -12,7 +12,7 @@ from pyroute2.netlink import NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK, RTM_SETLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from offload.kernel.rtnl import RouteSocket, attributes
+from offload.kernel.rtnl import RouteSocket, apart, attributes
 
 ACK_TLVS = 0x200
 CAPPED = 0x100
@@ -124,3 +124,16 @@ def test_attributes_are_walked_with_their_padding() -> None:
 def test_an_attribute_without_length_is_refused() -> None:
     with pytest.raises(OSError, match="attribute 7 of 0 bytes"):
         attributes(struct.pack("=HH", 0, 7))
+
+
+def test_some_attributes_are_taken_apart() -> None:
+    head, kept = b"head", attribute(3, b"eth1\0") + attribute(9, b"12345678")
+    data = (
+        head
+        + attribute(3, b"eth1\0")
+        + attribute(7, bytes(5))
+        + attribute(9, b"12345678")
+        + attribute(23, b"ab")
+    )
+    assert apart(data, (7, 23), len(head)) == (head + kept, {7: bytes(5), 23: b"ab"})
+    assert apart(head + kept, (7, 23), len(head)) == (head + kept, {})
