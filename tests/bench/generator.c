@@ -6,17 +6,21 @@
  * generate  and then out of a device: a sender of real frames (live frames)
  * feed      and then into another program, as if the frame had come to it
  *
- * The MACs of a stream differ in their last three bytes, which are a number drawn uniformly.
+ * The MACs of a stream differ in their last three bytes, which are a number drawn at random: uniformly,
+ * or so that the first few get most of the frames. Whoever gets a frame may leave its first bytes in
+ * disorder, as a tag that is taken out does, and its memory is sent again: 16 bytes are written anew.
  * Not part of the product.
  */
 #include <linux/bpf.h>
-#include <linux/if_ether.h>
 
 /* The stream: one row, read and written by one CPU at a time. */
 struct stream {
 	__u64 state;  /* of a linear congruential generator (Knuth's MMIX constants) */
 	__u64 start;  /* a frame's first eight bytes, the number 0 in them; little endian */
-	__u32 mask;   /* how many destinations, less one; a power of two less one */
+	__u64 next;   /* its next eight: the rest of the source, and a tag or what comes instead */
+	__u32 count;  /* how many destinations */
+	__u32 hot;    /* to how many of them, the first, a share of the frames is confined */
+	__u32 share;  /* how large that is, in 1024ths */
 	__u32 outlet; /* which row of outlets they leave by */
 };
 BPF_TABLE("array", __u32, struct stream, streams, 1);
@@ -25,17 +29,21 @@ BPF_XDP_REDIRECT_MAP("devmap", struct bpf_devmap_val, outlets, MAX_OUTLETS);
 /* Slot 0: the program that is fed. */
 BPF_TABLE("prog", __u32, __u32, fed, 1);
 
-/* One store of eight bytes: a reader of the destination need not wait for several to be joined. */
+/* Stores of eight bytes: a reader of the destination need not wait for several to be joined. */
 static __always_inline int readdress(struct xdp_md *ctx, struct stream *stream)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	__u64 draw, count;
 	__u32 number;
 
-	if (data + sizeof(struct ethhdr) > end)
+	if (data + 16 > end)
 		return -1;
 	stream->state = stream->state * 6364136223846793005ull + 1442695040888963407ull;
-	number = (stream->state >> 33) & stream->mask;
+	draw = stream->state;
+	count = (draw >> 23 & 1023) < stream->share ? stream->hot : stream->count;
+	number = (draw >> 33) * count >> 31;
 	*(__u64 *)data = stream->start | (__u64)__builtin_bswap32(number << 8) << 24;
+	*(__u64 *)(data + 8) = stream->next;
 	return 0;
 }
 

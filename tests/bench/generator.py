@@ -12,17 +12,19 @@ from offload.kernel.bpf import XDP_FLAGS_DRV_MODE, AttachType, Link, Map, Progra
 from offload.kernel.compile import Artifact, compiled_file
 from offload.kernel.dataplane import Dataplane
 from offload.model import PortRecord
-from offload.plan import RUNNING
+from offload.plan import RUNNING, TRUNK
 from tests.lab import WIRE_MAC, Lab, Namespace, mac_bytes, test_frame
 
 FIRST = "02:15:5d:00:00:00"
 FRAME = test_frame(FIRST, WIRE_MAC)
 """64 bytes on the wire: 60, and the FCS."""
+HOT, SHARE = 0.01, 922
+"""Skewed: of the destinations, one in a hundred gets 922 of 1,024 frames, nine in ten."""
 MAX_OUTLETS = 16
 RING = 2048
 """Frames that wait for a queue's own CPU at most."""
 _U32 = struct.Struct("=I")
-_STREAM = struct.Struct("=QQII")  # struct stream
+_STREAM = struct.Struct("=QQQIIII")  # struct stream
 _DEVICE = struct.Struct("=II")  # struct bpf_devmap_val: ifindex, program
 
 
@@ -68,36 +70,41 @@ class Objects(Closing):
 class Generator(Objects):
     """Sends frames at full speed from the CPU that calls, or feeds them to a program.
 
-    Each frame's destination is drawn uniformly from ``first`` and the MACs that follow it.
-    ``destinations``, their number, is a power of two, and the MACs differ in their last three bytes.
+    A frame's destination is drawn from its own and the MACs that follow it, ``destinations`` in all. Where
+    there are more than one, the frame's ends with three bytes of 0. ``skewed``: see ``HOT``.
     """
 
     def __init__(self, cache: Path) -> None:
         source = Path(__file__).with_name("generator.c")
         super().__init__(compiled_file(source, {"MAX_OUTLETS": MAX_OUTLETS}, cache))
 
-    def send(self, outlet: int, destinations: int, frames: int) -> float:
+    def send(
+        self, outlet: int, destinations: int, frames: int, frame: bytes = FRAME, skewed: bool = False
+    ) -> float:
         """Send ``frames`` out of the device in row ``outlet`` of ``outlets``; returns the seconds it took.
 
         That is the kernel's figure, whole nanoseconds per frame. It leaves out making and freeing the
         frames' memory (which waits for a grace period), and the time that other tasks had the CPU for.
         """
-        self._begin(destinations, outlet)
-        result = self.programs["generate"].test_run(FRAME, repeat=frames, live=True)
+        self._begin(frame, destinations, outlet, skewed)
+        result = self.programs["generate"].test_run(frame, repeat=frames, live=True)
         return result.nanoseconds * frames / 1e9
 
     def nanoseconds(
         self, program: Program, frames: int, destinations: int = 1, first: str = FIRST
     ) -> tuple[int, int]:
         """Verdict of the last frame, and mean time per frame with the drawing of its destination."""
-        self._begin(destinations, first=first)
+        frame = mac_bytes(first) + FRAME[6:]
+        self._begin(frame, destinations)
         self.maps["fed"].update(_U32.pack(0), _U32.pack(program.fd))
-        result = self.programs["feed"].test_run(FRAME, repeat=frames)
+        result = self.programs["feed"].test_run(frame, repeat=frames)
         return result.verdict, result.nanoseconds
 
-    def _begin(self, destinations: int, outlet: int = 0, first: str = FIRST) -> None:
-        start = int.from_bytes((mac_bytes(first) + FRAME[6:])[:8], "little")
-        self.maps["streams"].update(_U32.pack(0), _STREAM.pack(1, start, destinations - 1, outlet))
+    def _begin(self, frame: bytes, destinations: int, outlet: int = 0, skewed: bool = False) -> None:
+        start, following = (int.from_bytes(frame[at : at + 8], "little") for at in (0, 8))
+        hot, share = max(1, int(destinations * HOT)), SHARE if skewed else 0
+        row = _STREAM.pack(1, start, following, destinations, hot, share, outlet)
+        self.maps["streams"].update(_U32.pack(0), row)
 
 
 class Bare(Objects):
@@ -114,26 +121,37 @@ class Bare(Objects):
 
 
 def offload_on(
-    held: ExitStack, cache: Path, lab: Lab, device: str, filters: int, ports: int, cpu: int | None = None
+    held: ExitStack,
+    cache: Path,
+    lab: Lab,
+    device: str,
+    filters: int,
+    ports: int,
+    cpu: int | None = None,
+    vid: int = 0,
+    trunk: bool = False,
 ) -> Dataplane:
     """Our program on the lab's NIC: ``filters`` filters dealt out to ``ports`` ports, all of one device.
 
-    ``cpu`` is the queues' CPU, or None for the NIC's. ``held`` takes everything away again.
+    ``cpu`` is the queues' CPU, or None for the NIC's. The filters are for ``vid``, of whose frames
+    an access port takes the tag off, and a ``trunk`` none. ``held`` takes everything away again.
     """
     dataplane = held.enter_context(Dataplane(Path("/sys/fs/bpf", lab.host.name), cache))
     held.callback(dataplane.remove_everything)
     nic = lab.host.ifindex(lab.nic)
     target = lab.host.ifindex(device)
 
+    flags = RUNNING | (TRUNK if trunk else 0)
+
     def fill() -> None:
         dataplane.attach(lab.nic, nic, "native")
         if cpu is not None:
             dataplane.set_queue_cpu(nic, cpu, RING)
         for number in range(ports):
-            row = PortRecord(f"vm{number}", number + 1, cpu, 0, RUNNING, 1514, target)
+            row = PortRecord(f"vm{number}", number + 1, cpu, 0 if trunk else vid, flags, 1514, target)
             dataplane.set_port(number, row)
         for number in range(filters):
-            dataplane.set_filter(nic, destination(number), 0, number % ports)
+            dataplane.set_filter(nic, destination(number), vid, number % ports)
 
     lab.host.call(fill)
     return dataplane

@@ -5,7 +5,8 @@
  *   xsk_consumer MAP DEVICE [TO]
  *
  * Puts a socket for queue 0 of DEVICE into entry 0 of the XSKMAP pinned at MAP, and drops what
- * comes, or sends it out of TO with the same UMEM, until SIGINT. Prints {"frames": N}.
+ * comes, or sends it out of TO with the same UMEM, until SIGINT. Prints {"frames": N} then, and
+ * whenever there is a SIGUSR1.
  * Batches, rings and UMEM have the sizes of offload.xsk's tools. Not part of the product.
  */
 #include <errno.h>
@@ -35,12 +36,24 @@ struct xsk {
 	struct ring rx, tx, fill, completion;
 };
 
-static volatile sig_atomic_t ended;
+static volatile sig_atomic_t ended, asked;
 
 static void end(int number)
 {
 	(void)number;
 	ended = 1;
+}
+
+static void ask(int number)
+{
+	(void)number;
+	asked = 1;
+}
+
+static void tell(unsigned long frames)
+{
+	printf("{\"frames\": %lu}\n", frames);
+	fflush(stdout);
 }
 
 static void check(int ok, const char *what)
@@ -208,15 +221,20 @@ int main(int argc, char **argv)
 	update.value = (uintptr_t)&in.fd;
 	check(!syscall(SYS_bpf, BPF_MAP_UPDATE_ELEM, &update, sizeof(update)), "the map");
 	sigaction(SIGINT, &(struct sigaction){ .sa_handler = end }, NULL);
+	sigaction(SIGUSR1, &(struct sigaction){ .sa_handler = ask }, NULL);
 	fprintf(stderr, "ready\n");
 	while (!ended) {
 		struct pollfd wait = { .fd = in.fd, .events = POLLIN };
 		uint32_t count = argc == 4 ? forward(&in, &out) : drop(&in);
 
 		frames += count;
+		if (asked) {
+			asked = 0;
+			tell(frames);
+		}
 		if (!count && !spin(&in))
 			poll(&wait, 1, 100);
 	}
-	printf("{\"frames\": %lu}\n", frames);
+	tell(frames);
 	return 0;
 }
