@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 
 import pytest
 
 from tests.vm.kernels import KERNELS
-from tests.vm.machine import Machine
-from tests.vm.nics import NICS, near_mac
+from tests.vm.nics import NICS
 from tests.vm.options import chosen
-from tests.vm.test_kernels import run_file
+from tests.vm.suites import Job, Suites
+from tests.vm.test_kernels import LONG_SECONDS, check, outcome_of
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(0)]
 
-INSIDE = {"igb": ("tests/vm/inside/igb.py", "tests/vm/inside/igb_port.py")}
+INSIDE = {
+    "igb": (
+        "tests/vm/inside/igb.py",
+        "tests/vm/inside/igb_port.py",
+        "tests/vm/inside/igb_irqs.py",
+        "tests/vm/inside/igb_spread.py",
+        "tests/vm/inside/igbvf.py",
+        "tests/vm/inside/igb_queues.py",
+        "tests/vm/inside/igb_exhaustion.py",
+        "tests/vm/inside/chaos.py",
+    )
+}
 """Files of tests that run in the machine, by the card that they are for: with ``--long`` whole."""
-OF_THE_OLDEST = {"igb": ("tests/vm/inside/igb_port.py -k refused",)}
-OF_THE_NEWEST = {"igb": ("tests/vm/inside/igb.py", "tests/vm/inside/igb_port.py -k auto")}
+FEW = {"igb": ("tests/vm/inside/igb_irqs.py -k interrupt", "tests/vm/inside/igb_queues.py -k mac")}
+"""For every run, on the newest kernel: an emulator takes long."""
+OF_THE_OLDEST = {"igb": ("tests/vm/inside/igb_port.py -k refused", "tests/vm/inside/igb_irqs.py")}
+OF_THE_NEWEST = {
+    "igb": (
+        "tests/vm/inside/igb.py",
+        "tests/vm/inside/igb_port.py -k auto",
+        "tests/vm/inside/igb_irqs.py",
+        "tests/vm/inside/igb_spread.py",
+        "tests/vm/inside/igbvf.py",
+        "tests/vm/inside/igb_queues.py",
+        "tests/vm/inside/igb_exhaustion.py",
+        "tests/vm/inside/chaos.py",
+    )
+}
+"""For a kernel or a card that was named."""
+TAKEN, PROBE = "tests/vm/inside/taken.py", "tests/vm/inside/nic_probe.py"
+"""Files of tests that look at whatever cards there are."""
+
+
+def job_of(kernel: str, files: Mapping[str, Sequence[str]], nics: tuple[str, ...], long: bool) -> Job:
+    """Tests of all cards and ``files`` on a kernel, in a machine with these cards."""
+    words = "".join(f" --nic {nic}" for nic in nics) + " --long" * long
+    common = (TAKEN,) if files is FEW else (TAKEN, PROBE)
+    own = (file for nic in nics for file in files.get(nic, ()))
+    parts = tuple(file + words for file in (*common, *own))
+    return Job(kernel, parts, nics, LONG_SECONDS) if long else Job(kernel, parts, nics)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The oldest and the newest of the chosen kernels; of the chosen cards those that the test is for."""
+    """The newest of the kernels; where they or cards were named, or with ``--long``, the oldest too."""
     kernels = chosen(metafunc.config, "vm", dict(KERNELS))
-    nics = chosen(metafunc.config, "nic", dict(NICS))
-    metafunc.parametrize("kernel", dict.fromkeys((kernels[0], kernels[-1])), scope="module")
-    if metafunc.function is test_what_its_driver_can_do:
-        nics = [nic for nic in nics if nic in INSIDE]
-    metafunc.parametrize("nic", nics)
+    nics = tuple(chosen(metafunc.config, "nic", dict(NICS)))
+    named = metafunc.config.getoption("vm") or metafunc.config.getoption("nic")
+    long = bool(metafunc.config.getoption("long"))
+    files: dict[str, Mapping[str, Sequence[str]]] = {kernels[-1]: FEW}
+    if named or long:
+        files = {kernels[0]: OF_THE_OLDEST} | {kernels[-1]: OF_THE_NEWEST}
+    jobs = [job_of(kernel, INSIDE if long else of_kernel, nics, long) for kernel, of_kernel in files.items()]
+    cases = [(job, part) for job in jobs for part in job.parts]
+    metafunc.parametrize(("job", "part"), cases, ids=[job.title(part) for job, part in cases])
 
 
-@pytest.fixture(scope="module")
-def machine(request: pytest.FixtureRequest, privilege: None, kernel: str) -> Iterator[Machine]:
-    """A machine with all chosen cards. Scope: the tests of one kernel."""
-    cards = [NICS[name] for name in chosen(request.config, "nic", dict(NICS))]
-    with Machine(KERNELS[kernel], nics=cards) as machine:
-        yield machine
-
-
-def test_the_driver_takes_its_card(machine: Machine, nic: str) -> None:
-    addresses = machine.run("ip", "-brief", "link").stdout
-    [device] = [line.split()[0] for line in addresses.splitlines() if near_mac(NICS[nic]) in line]
-    assert f"driver: {nic}\n" in machine.run("ethtool", "-i", device).stdout
-    machine.run("ip", "link", "set", device, "up")  # igb says then how many it has
-    queues = machine.run("ls", f"/sys/class/net/{device}/queues").stdout.split()
-    assert sum(queue.startswith("rx-") for queue in queues) == NICS[nic].queues
-
-
-def test_what_its_driver_can_do(
-    machine: Machine, kernel: str, nic: str, request: pytest.FixtureRequest
-) -> None:
-    long = bool(request.config.getoption("long"))
-    newest = kernel == chosen(request.config, "vm", dict(KERNELS))[-1]
-    for file in (INSIDE if long else OF_THE_NEWEST if newest else OF_THE_OLDEST)[nic]:
-        outcome = run_file(machine, file, long)
-        for name, text in outcome.failures.items():
-            print(f"---- Linux {kernel}, {nic}: {name}\n{text}\n")
-        assert not outcome.failures.keys(), f"on Linux {kernel}"
-        assert not outcome.wrong_skips(kernel)
-        assert outcome.passed > 0
+def test_part(suites: Suites, job: Job, part: str) -> None:
+    check(outcome_of(suites, job, part), job, part)

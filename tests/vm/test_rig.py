@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 
-from tests.vm import archive, emulator
+from tests.vm import archive, emulator, suites, worker
 from tests.vm.image import closure
-from tests.vm.kernels import KERNELS
-from tests.vm.machine import Machine, MachineError
+from tests.vm.kernels import KERNELS, Kernel
+from tests.vm.machine import Machine, MachineError, NoAnswerError, Result
+from tests.vm.nics import Nic
+from tests.vm.suites import Failed, Job, Suites
 from tests.vm.test_kernels import Outcome
 
 REPORT = """<testsuites><testsuite>
@@ -86,6 +90,80 @@ def test_outcomes_are_read_from_the_report() -> None:
 @pytest.mark.parametrize(("kernel", "wrong"), [("6.1", ["five"]), ("6.12", ["four", "five"])])
 def test_a_skip_needs_an_excuse(kernel: str, wrong: list[str]) -> None:
     assert list(Outcome.read(REPORT).wrong_skips(kernel)) == [f"tests.a::{name}" for name in wrong]
+
+
+@pytest.mark.parametrize(
+    ("does", "error", "started"),
+    [
+        ("kill -ABRT $$", MachineError, 3),
+        ("kill -SEGV $$", MachineError, 1),
+        ("exec sleep 1000", NoAnswerError, 3),
+    ],
+)
+def test_an_emulator_that_aborts_or_hangs_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, does: str, error: type[MachineError], started: int
+) -> None:
+    boots: list[subprocess.Popen[bytes]] = []
+
+    def boot(machine: Machine) -> None:
+        machine._process = subprocess.Popen(["sh", "-c", does])
+        boots.append(machine._process)
+        raise error("what it says")
+
+    monkeypatch.setattr(Machine, "_boot", boot)
+    with pytest.raises(error), Machine(KERNELS["6.1"]):
+        pass
+    assert len(boots) == started
+    assert all(process.poll() is not None for process in boots), "none is left running"
+
+
+class Frail:
+    """A machine that fails on the words "panic", and to which everything else is well."""
+
+    def __init__(self, kernel: Kernel, log: Path, nics: Iterable[Nic]) -> None:
+        STARTED.append(kernel.name)
+
+    def run(self, *argv: str, **options: object) -> Result:
+        if "panic" in argv:
+            raise MachineError("has stopped")
+        return Result(0, REPORT if "cat" in argv else "{}", "")
+
+    def keep_compiled(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+
+STARTED: list[str] = []
+
+
+def test_a_machine_that_fails_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "Machine", Frail)
+    monkeypatch.setattr(suites, "LOGS", tmp_path)
+    worker.Worker(tmp_path).run([Job("6.1", ("one.py", "-k panic two.py", "three.py -k some"))])
+    left = {file.name: file.read_text() for file in (tmp_path / "6.1").iterdir()}
+    assert left == {
+        "found.json": "{}",
+        "6.1-one.xml": REPORT,
+        "6.1-panic-two.error": "has stopped",
+        "6.1-three-some.xml": REPORT,
+    }
+    assert STARTED == ["6.1", "6.1"]
+
+
+def test_machines_whose_process_ended_are_not_waited_for(privilege: None) -> None:
+    job = Job("0.1", ("one.py",))
+    beside = Suites([job])
+    with pytest.raises(Failed, match=r"has ended: [\s\S]*KeyError: '0.1'"):
+        beside.report(job, "one.py")
+    beside.close()
 
 
 def test_an_image_has_what_its_packages_depend_on() -> None:

@@ -28,8 +28,8 @@ class Cards(Lab):
         wait_until(lambda: len(cards(self._driver)) == 2, f"there are two cards of {self._driver}")
         near, far = cards(self._driver)
         for card, ns, name, mac in (
-            (near, self.host, nic, NIC_MAC),
             (far, self.wire, wire_end, WIRE_MAC),
+            (near, self.host, nic, NIC_MAC),
         ):
             own_mac = Path("/sys/class/net", card, "address").read_text().strip()
             subprocess.run(["ip", "link", "set", card, "netns", ns.name], check=True)

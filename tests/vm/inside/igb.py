@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,7 +10,7 @@ from functools import partial
 import pytest
 
 from offload import xsk
-from tests.lab import NIC_MAC, WIRE_MAC, seq_of, tag, test_frame, udp4
+from tests.lab import NIC_MAC, VERSION, WIRE_MAC, seq_of, tag, test_frame, udp4
 from tests.vm.inside.cards import Cards
 
 QUEUES = (0, 1)
@@ -19,7 +18,6 @@ COUNT = 40
 ZERO_COPY_SINCE = (6, 14)
 """Linux's igb of this version has AF_XDP zero copy: commit 2c6196013f84 for RX."""
 RINGS = xsk.RingSizes(rx=1024, tx=64)
-VERSION = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
 
 needs_zero_copy = pytest.mark.skipif(
     VERSION < ZERO_COPY_SINCE, reason="igb has no zero copy before Linux 6.14"

@@ -17,17 +17,16 @@ from offload.channels import INNER
 from offload.kernel.xskdiag import listed
 from offload.xsk import handed
 from tests.instance import Instance
-from tests.lab import WIRE_MAC, Vm, test_frame, udp4
+from tests.lab import HANDED_OVER_SINCE, VERSION, WIRE_MAC, Vm, test_frame, udp4
 from tests.netns.consumer import Consumer
 from tests.vm.inside.cards import Cards
-from tests.vm.inside.igb import COUNT, QUEUES, VERSION, ZERO_COPY_SINCE, needs_zero_copy, silent, take
+from tests.vm.inside.igb import COUNT, QUEUES, ZERO_COPY_SINCE, needs_zero_copy, silent, take
 
 pytestmark = pytest.mark.timeout(300)
 
 DB1, WEB1 = "02:15:5d:00:00:01", "02:15:5d:00:00:03"
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 FEW = 1024
-HANDED_OVER_SINCE = (6, 4)
 RINGS = xsk.RingSizes(rx=512, tx=64)
 
 
