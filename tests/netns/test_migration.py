@@ -236,7 +236,12 @@ def site(request: pytest.FixtureRequest, privilege: None, bridge: str) -> Iterat
         site = Site(lab, guest, vms, instances, request.param)
         for host in vms:
             site.wait_elsewhere(host)
-        guest.run(lab.host, announcement(GUEST))
+        # Both bridges have passed it on, or a late one would undo what the first move teaches them.
+        with contextlib.ExitStack() as ears:
+            heard = [ears.enter_context(vm.capture()) for vm in vms.values()]
+            guest.run(lab.host, announcement(GUEST))
+            for ear in heard:
+                ear.wait_for(1, wanted=lambda frame: frame == announcement(GUEST))
         site.wait_runs(lab.host)
         yield site
 
