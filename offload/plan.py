@@ -903,8 +903,8 @@ _ORDER: tuple[type[Resource], ...] = (
     Member,
     Master,
     BridgeVlans,
-    BridgePort,
     Fdb,
+    BridgePort,
     AdminUp,
     Promiscuous,
     Address,
@@ -925,9 +925,10 @@ _ORDER: tuple[type[Resource], ...] = (
     SteeringRule,
     FunctionAddress,
 )
-"""In which order things are set. A device has its programs before it is in the bridge, and everything
-stands before the first filter sends a frame there, and that before the NIC itself sorts frames there. A NIC
-has its virtual functions before its program, whose attachment resets it. Things are unset in reverse."""
+"""In which order things are set. A device has its programs before it is in the bridge. The bridge knows where
+an address is before it stops to flood what it does not know. Everything stands before the first filter sends
+a frame there, and that before the NIC itself sorts frames there. A NIC has its virtual functions before its
+program, whose attachment resets it. Things are unset in reverse."""
 
 SETTINGS = (
     Master,

@@ -628,14 +628,28 @@ def test_programs_stand_before_the_bridge_and_filters_come_last() -> None:
         "Station",
         "Member",
         "Master",
-        "BridgePort",
         "Fdb",
+        "BridgePort",
         "AdminUp",
         "Uplink",
         "QueueCpu",
         "PortSlot",
         "Filter",
     ]
+
+
+def test_frames_reach_a_vm_that_is_heard_after_every_step_of_it() -> None:
+    """By flooding, until the bridge knows where it is: the daemon may stand still between two steps."""
+    expected, here = (desire(config(), facts(stations=found)).state for found in ({}, FACTS.stations))
+    state = dict(expected)
+    steps = difference(expected, here, {})
+    assert {"BridgePort", "Fdb", "Filter"} <= set(kinds(steps))
+    for step in steps:
+        if step.after is None:
+            del state[step.resource]
+        else:
+            state[step.resource] = step.after
+        assert state[BridgePort("web1", 3)] == (True, True, 0) or Fdb("web1", 3, MAC, 0) in state
 
 
 def test_a_port_stops_first_and_its_programs_go_after_the_bridge() -> None:
