@@ -144,6 +144,14 @@ def test_qdiscs_and_filters_that_are_not_the_kernels_own(switched: Lab) -> None:
     assert told["db1"] == [uplink]
 
 
+@pytest.mark.parametrize("side", ["ingress", "egress"])
+def test_filters_beside_the_kernels_own_qdisc(switched: Lab, side: str) -> None:
+    """A root that says nothing does not mean that there is nothing."""
+    switched.host.run("tc", "qdisc", "add", "dev", "web1", "clsact")
+    switched.host.run("tc", "filter", "add", "dev", "web1", side, *U32)
+    assert look(switched)["web1"] == [f"tc {side} filters (u32) of web1"]
+
+
 def test_the_warning_names_the_port_and_the_remedy(switched: Lab) -> None:
     switched.host.run("tc", "qdisc", "add", "dev", "web1", "root", *TBF)
     assert call_in(switched.host.path, lambda: bypassed.warnings(PORTS)) == [

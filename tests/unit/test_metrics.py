@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -425,8 +426,10 @@ def test_an_address_of_another_host_is_named() -> None:
 
 def test_stop_frees_the_port_and_may_be_repeated() -> None:
     registry = registry_of(FakeSource())
+    threads = threading.active_count()
     with serving(registry) as first:
         port = first.port
+    assert threading.active_count() == threads
     first.stop()
     second = serve_metrics(f"127.0.0.1:{port}", registry)
     try:
