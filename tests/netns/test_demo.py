@@ -68,11 +68,11 @@ def _stop_after_first_vm(stop: Callable[[subprocess.Popen[str], str], None]) -> 
     """Run a demo, call ``stop`` once the first VM has its traffic; exit code, and what was printed since."""
     with demo() as (process, mark):
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(FIRST_VM_DONE):
-                break
-        else:
-            pytest.fail("the demo never got to its traffic")
+        printed = ""
+        while not (line := process.stdout.readline()).startswith(FIRST_VM_DONE):
+            if not line:
+                pytest.fail(f"the demo never got to its traffic: {printed}")
+            printed += line
         stop(process, mark)
         rest = process.stdout.read()
         return process.wait(), rest
