@@ -960,8 +960,13 @@ def difference(observed: State, desired: State, originals: State) -> tuple[Chang
     observed = _without_left_bridges(observed, desired)
     unset, put = [], []
     for resource, value in desired.items():
-        if observed.get(resource) != value:
-            put.append(Change(resource, observed.get(resource), value))
+        before = observed.get(resource)
+        if before == value:
+            continue
+        if isinstance(resource, Master) and before:
+            unset.append(Change(resource, before, None))  # it leaves a switch before it is told of another
+            before = None
+        put.append(Change(resource, before, value))
     for resource, value in observed.items():
         if resource in desired or isinstance(resource, (BridgePort, BridgeVlans)):
             continue  # these go with the bridge
@@ -1002,7 +1007,7 @@ def _without_left_bridges(observed: State, desired: State) -> State:
     return {
         resource: value
         for resource, value in observed.items()
-        if not (isinstance(resource, (BridgePort, BridgeVlans)) and resource.ifindex in movers)
+        if not (isinstance(resource, (BridgePort, BridgeVlans, Fdb)) and resource.ifindex in movers)
     }
 
 

@@ -604,7 +604,11 @@ FULL: dict[Resource, Value] = {
             {Master("x", 1): "b", BridgeVlans("x", 1): (4094, (10,))},
             {Master("x", 1): "c", BridgeVlans("x", 1): (4094, (10,))},
             {},
-            [Change(Master("x", 1), "b", "c"), Change(BridgeVlans("x", 1), None, (4094, (10,)))],
+            [
+                Change(Master("x", 1), "b", None),
+                Change(Master("x", 1), None, "c"),
+                Change(BridgeVlans("x", 1), None, (4094, (10,))),
+            ],
             id="vlans-of-the-old-bridge-are-left-behind",
         ),
     ],
