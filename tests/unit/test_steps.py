@@ -1,12 +1,13 @@
 """After every step of a change each frame reaches whom it is for, and nobody else. Pure, no privileges.
 
-A change is many steps, and the daemon may stand still between two of them. So the walk of a frame from the
-wire, as ``bpf/vmq.c`` and ``bpf/switch.c`` have it, is followed here through the state after each of them.
+A change is many steps, and the daemon may stand still between two of them. So the walk of a frame, from the
+wire or to it, as ``bpf/vmq.c`` and ``bpf/switch.c`` have it, is followed through the state after each of them.
 Kernel bridges only: a Python bridge is told of all its members at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +37,7 @@ from offload.model import (
     Uplink,
     Value,
 )
-from offload.plan import RUNNING, Facts, desire, difference
+from offload.plan import BYPASS, RUNNING, Facts, desire, difference
 from tests.unit.test_again import DEVICES, HOST, heard, settled
 
 NIC = ("eth1", 2)
@@ -76,7 +77,7 @@ def as_it_is(facts: Facts) -> Facts:
 
 
 class Walk:
-    """Where a frame from the wire goes, in one state. VID 0: it has no tag."""
+    """Where frames go in one state. VID 0: untagged."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -87,7 +88,7 @@ class Walk:
         }
 
     def unicast(self, mac: str, vid: int) -> set[str]:
-        """The devices that it reaches."""
+        """The devices that a frame from the wire reaches."""
         if Uplink(*NIC) in self._state:
             port_id = self._state.get(Filter(*NIC, mac, vid))
             slot = self._slots.get(port_id) if isinstance(port_id, int) else None
@@ -97,6 +98,30 @@ class Walk:
 
     def broadcast(self, vid: int) -> set[str]:
         return set(self._bridged(None, vid))
+
+    def sent(self, name: str, src: str, tag: int) -> int | None:
+        """The VID on the wire of a frame that a VM sends to somebody there; ``None``: it does not come there."""
+        at = (name, DEVICES[name].ifindex)
+        bridge = self._state.get(Master(*at))
+        bridged = bridge is not None and bridge == self._state.get(Master(*NIC))
+        value = self._state.get(Member(*at))
+        if not isinstance(value, tuple):
+            return tag if bridged else None  # unguarded
+        row = MemberRow.of(value)
+        network = self._state.get(Network(row.network))
+        if not isinstance(network, tuple) or not (tag in self._trunk(row) if tag else row.pvid is not None):
+            return None
+        vid = tag or row.pvid or 0
+        station = self._state.get(Station(row.network, src, vid))
+        own = isinstance(station, tuple) and station[0] == row.port
+        if not own and "mac_spoofing" not in row.allow:
+            return None
+        _, uplink, _, untagged, asks_bridge = network
+        slot = self._slots.get(uplink) if isinstance(uplink, int) else None
+        if row.bypass and not asks_bridge and slot and slot.flags & BYPASS and slot.ifindex:
+            return vid
+        inside = vid or untagged
+        return vid if bridged and isinstance(inside, int) and self._carries(str(bridge), at, inside) else None
 
     def _bridged(self, mac: str | None, vid: int) -> Iterator[str]:
         bridge = self._state.get(Master(*NIC))
@@ -146,9 +171,7 @@ class Walk:
         if not isinstance(value, tuple):
             return True
         row = MemberRow.of(value)
-        trunk = self._state.get(Trunk(row.port), ()) if row.trunk else ()
-        assert isinstance(trunk, tuple)
-        if vid != row.pvid and vid not in trunk:
+        if vid != row.pvid and vid not in self._trunk(row):
             return False
         if mac is None:
             return True
@@ -156,6 +179,10 @@ class Walk:
         if "mac_spoofing" in row.allow:
             return not isinstance(station, tuple) or station[0] == row.port
         return isinstance(station, tuple) and station[0] == row.port and station[2] != "away"
+
+    def _trunk(self, row: MemberRow) -> tuple[object, ...]:
+        vids = self._state.get(Trunk(row.port)) if row.trunk else ()
+        return vids if isinstance(vids, tuple) else ()
 
 
 def after_each(state: State, steps: tuple[Change, ...]) -> Iterator[State]:
@@ -197,6 +224,20 @@ def spoofers(config: Config, vid: int) -> set[str]:
     return {name for name in members(config, vid) if config.ports[name].allow.mac_spoofing}
 
 
+def may_send(config: Config, name: str, src: str, tag: int) -> int | None:
+    """The VID on the wire of what a VM sends."""
+    port = config.ports.get(name)
+    if not port or port.switch != "ext0" or not (src in port.mac or port.allow.mac_spoofing):
+        return None
+    if not tag:
+        return port.vlan.native
+    return tag if tag in port.vlan.trunk else None
+
+
+def why_it_may(config: Config, name: str, src: str) -> str:
+    return "its own" if name in config.ports and src in config.ports[name].mac else "spoofing"
+
+
 @given(CONFIGS, CONFIGS, st.sampled_from([as_it_is, heard]))
 @settings(max_examples=400)
 def test_every_step_keeps_frames_coming_and_apart(
@@ -222,4 +263,9 @@ def test_every_step_keeps_frames_coming_and_apart(
                 asked = spoofers(old, vid) | spoofers(new, vid) if of_nobody else set()
                 assert reached <= was | shall | asked
                 assert reached >= was & shall & same
+        for name, src, tag in itertools.product(DEVICES, MACS, VIDS):
+            may, shall_be = may_send(old, name, src, tag), may_send(new, name, src, tag)
+            sent = walk.sent(name, src, tag)
+            stays = may == shall_be and why_it_may(old, name, src) == why_it_may(new, name, src)
+            assert sent in (may, shall_be) or (sent is None and not stays)
     assert wanted.state.items() <= state.items()
