@@ -1,7 +1,7 @@
 """After every step of a change each frame reaches whom it is for, and nobody else. Pure, no privileges.
 
 A change is many steps, and the daemon may stand still between two of them. So the walk of a frame, from the
-wire or to it, as ``bpf/vmq.c`` and ``bpf/switch.c`` have it, is followed through the state after each of them.
+wire or to it, as ``bpf/vmq.c`` and ``bpf/switch.c`` have it, is followed through the state after each step.
 Kernel bridges only: a Python bridge is told of all its members at once.
 """
 
@@ -100,7 +100,7 @@ class Walk:
         return set(self._bridged(None, vid))
 
     def sent(self, name: str, src: str, tag: int) -> int | None:
-        """The VID on the wire of a frame that a VM sends to somebody there; ``None``: it does not come there."""
+        """The VID on the wire of a frame that a VM sends to somebody there; ``None``: it gets nowhere."""
         at = (name, DEVICES[name].ifindex)
         bridge = self._state.get(Master(*at))
         bridged = bridge is not None and bridge == self._state.get(Master(*NIC))
