@@ -39,7 +39,10 @@ _BUSY_POLL = {
     errno.EPERM: "CAP_NET_ADMIN is needed for busy polling",
     errno.ENOPROTOOPT: "Busy polling for AF_XDP needs Linux 5.11",
 }
-_MAP = {errno.EINVAL: "The socket has no such ring, or one with fewer entries"}
+_MAP = {
+    errno.EINVAL: "The socket has no such ring, or one with fewer entries",
+    errno.EBUSY: "Before Linux 6.4 the rings of a socket that is bound already cannot be mapped",
+}
 _WAKEUP = {
     errno.ENETDOWN: "The device is down, or gone: make a new socket when it is back",
     errno.ENXIO: "The device is gone: make a new socket when it is back",

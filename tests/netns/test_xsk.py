@@ -22,8 +22,10 @@ from offload import xsk
 from offload.xsk import abi
 from tests.lab import (
     AS_NOBODY,
+    HANDED_OVER_SINCE,
     NIC_MAC,
     QUIET,
+    VERSION,
     WIRE_MAC,
     Lab,
     handed_over,
@@ -188,8 +190,7 @@ def test_frames_longer_than_a_chunk(make_lab: Callable[..., Lab]) -> None:
             assert sock.drain(5)
             assert sock.frames.free == 64
     except xsk.XskError as error:
-        release = tuple(int(part) for part in os.uname().release.split(".")[:2])
-        if release >= (6, 6):
+        if VERSION >= (6, 6):
             raise
         pytest.skip(str(error))
 
@@ -424,6 +425,7 @@ def test_a_socket_handed_over_serves_a_process_without_privileges(one: Lab) -> N
             xsk.Socket(bound)
 
 
+@handed_over
 def test_who_made_a_socket_sees_how_full_its_rings_are(one: Lab) -> None:
     with opened(one) as sock:
         watching = xsk.BoundSocket.adopt(os.dup(sock.fileno()), sock.bound.umem, sock.bound.particulars)
@@ -435,6 +437,12 @@ def test_who_made_a_socket_sees_how_full_its_rings_are(one: Lab) -> None:
             assert watching.fill.filled == 54
             received(sock, 10)
             assert watching.rx.filled == 0
+
+
+@pytest.mark.skipif(VERSION >= HANDED_OVER_SINCE, reason="sockets are handed over since Linux 6.4")
+def test_an_old_kernel_s_refusal_is_explained(one: Lab) -> None:
+    with opened(one) as sock, pytest.raises(xsk.BusyError, match=r"Before Linux 6\.4"):
+        xsk.BoundSocket.adopt(os.dup(sock.fileno()), sock.bound.umem, sock.bound.particulars)
 
 
 def test_only_an_af_xdp_socket_is_adopted(one: Lab) -> None:
@@ -472,7 +480,13 @@ class Tool:
         self._process.communicate()
 
 
-@pytest.mark.parametrize("options", [[], ["--busy-poll"], ["--multi-buffer"], ["--spin", "0"]], ids=str)
+MULTI_BUFFER = pytest.param(
+    ["--multi-buffer"],
+    marks=pytest.mark.skipif(VERSION < (6, 6), reason="this kernel has no multi-buffer sockets"),
+)
+
+
+@pytest.mark.parametrize("options", [[], ["--busy-poll"], MULTI_BUFFER, ["--spin", "0"]], ids=str)
 def test_drop_counts(one: Lab, options: list[str]) -> None:
     with Tool(one, "drop", "-d", NIC, "--mode", "native", "--count", "300", "--json", *options) as tool:
         assert tool.first == "offload.xsk: ready\n"
