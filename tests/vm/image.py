@@ -134,6 +134,8 @@ def _fill(tree: Path, packages: list[str]) -> None:
             shutil.copytree(Path("/etc", name), tree / "etc" / name, symlinks=True, dirs_exist_ok=True)
     for name in ("passwd", "group"):
         shutil.copy(f"/usr/share/base-passwd/{name}.master", tree / "etc" / name)
+    # So that deploy/setup.sh, which the demo runs, finds there what it would install.
+    (tree / "var/lib/dpkg/status").write_bytes(run("dpkg-query", "-s", *packages))
     (tree / "etc/hosts").write_text("127.0.0.1 localhost machine\n::1 localhost\n")
     run("ldconfig", "-r", tree)
     for directory in ("dev", "proc", "sys", "run", "tmp", "root", "usr/lib/modules"):
