@@ -458,4 +458,6 @@ def site(lab: Lab, vid: int, patience: float) -> Iterator[Site]:
         wait_until(site.wired, "there is a link", patience)
         instance.hear(*vms.values())
         site.heal()
+        with traffic.paused():
+            site.drain()  # no event has lost what came before its VM was there
         yield site
